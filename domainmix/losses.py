@@ -37,7 +37,7 @@ def id_loss(
     _check_labels(logits, label, "id_loss")
     return F.cross_entropy(logits.float() / temperature, label, label_smoothing=smoothing)
 
-# %% ../nbs/22_losses.ipynb #2d39d288
+# %% ../nbs/22_losses.ipynb #47b40625
 @torch.no_grad()
 def hardest(
     feature: Tensor,            # (B, D)
@@ -51,7 +51,7 @@ def hardest(
     same = label[:, None] == label[None]
     other = ~torch.eye(len(label), dtype=torch.bool, device=label.device)
     _check_triplets(same, same & other, label)
-    return dist.masked_fill(~(same & other), -math.inf).argmax(1), dist.masked_fill(same, math.inf).argmin(1)
+    return dist.masked_fill(~(same & other), -torch.inf).argmax(1), dist.masked_fill(same, torch.inf).argmin(1)
 
 
 def _check_triplets(same: Tensor, positive: Tensor, label: Tensor) -> None:
