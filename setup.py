@@ -1,0 +1,49 @@
+"""Make the package from settings.ini, the one place for its version, its author and what it needs."""
+import configparser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+ini = configparser.ConfigParser(delimiters=["="], interpolation=None)
+ini.read(HERE / "settings.ini", encoding="utf-8")
+cfg = ini["DEFAULT"]
+
+
+def words(key):
+    return cfg.get(key, "").split()
+
+
+STATUS = {"1": "Planning", "2": "Pre-Alpha", "3": "Alpha", "4": "Beta", "5": "Production/Stable"}
+readme = HERE / "README.md"
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
+    long_description_content_type="text/markdown",
+    keywords=cfg["keywords"],
+    author=cfg["author"],
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        f"Development Status :: {cfg['status']} - {STATUS[cfg['status']]}",
+        f"Intended Audience :: {cfg['audience']}",
+        f"Natural Language :: {cfg['language']}",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
+    python_requires=">=" + cfg["min_python"],
+    install_requires=words("requirements"),
+    extras_require={
+        # faiss makes the nearest neighbours faster. Take one of the two: they own the same folder.
+        "cpu": words("cpu_requirements"),
+        "gpu": words("gpu_requirements"),
+        "notebooks": words("notebooks_requirements"),
+        "dev": words("dev_requirements") + words("notebooks_requirements"),
+    },
+    entry_points={"console_scripts": words("console_scripts")},
+    zip_safe=False,
+)

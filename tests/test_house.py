@@ -1,0 +1,180 @@
+"""The rules of the house: package and notebooks in step, clean files, imports that go one way."""
+import ast
+import configparser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import domainmix
+from sync import ROOT, cleaned, exported, modules, notebooks
+
+LONGEST_CELL = 40        # lines of an exported cell
+LARGEST_OUTPUT = 300_000  # characters of one saved output
+LARGEST_NOTEBOOK = 1_200_000
+
+ini = configparser.ConfigParser(delimiters=["="], interpolation=None)
+ini.read(ROOT / "settings.ini", encoding="utf-8")
+CFG = ini["DEFAULT"]
+
+each_notebook = pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
+
+
+def cells(path, kind="code"):
+    "(number, source, outputs) of the cells of one kind."
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    return [(i, "".join(c["source"]), c.get("outputs", [])) for i, c in enumerate(nb["cells"]) if c["cell_type"] == kind]
+
+
+def floors():
+    "Module name -> number of the notebook that exports it."
+    found = {}
+    for path in notebooks():
+        for _, source, _ in cells(path):
+            match = re.match(r"\s*#\s*\|\s*default_exp\s+([\w.]+)", source)
+            if match:
+                found[match[1]] = int(path.name.split("_")[0])
+    return found
+
+
+def tracked():
+    "The files that git knows, or that it would take: relative paths."
+    done = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [n for n in done.stdout.split("\0") if n and (ROOT / n).is_file()]
+
+
+def test_package_is_what_the_notebooks_export():
+    wanted, there = exported(), modules(ROOT)
+    stale = sorted(there.keys() - wanted.keys())
+    missing = sorted(wanted.keys() - there.keys())
+    differ = sorted(n for n in there.keys() & wanted.keys() if there[n] != wanted[n])
+    assert not (stale or missing or differ), f"run `make sync` (no notebook exports {stale}, missing {missing}, out of step {differ})"
+
+
+@each_notebook
+def test_notebook_is_clean(path):
+    text = path.read_text(encoding="utf-8")
+    assert "application/vnd.jupyter.widget-state+json" not in text, "it holds the state of a widget: run `make sync`"
+    assert json.loads(text) == json.loads(cleaned(text)), "run `make sync`"
+
+
+@each_notebook
+def test_saved_outputs_are_small_and_no_error(path):
+    for i, source, outputs in cells(path):
+        for o in outputs:
+            assert o["output_type"] != "error", f"cell {i} was saved with an error: {o.get('evalue')}"
+            size = len(json.dumps(o))
+            assert size <= LARGEST_OUTPUT, f"an output of cell {i} takes {size} characters, more than {LARGEST_OUTPUT}"
+    size = path.stat().st_size
+    assert size <= LARGEST_NOTEBOOK, f"it takes {size} bytes, more than {LARGEST_NOTEBOOK}"
+
+
+@each_notebook
+def test_notebook_opens_with_a_title_and_why(path):
+    number, source, _ = cells(path, "markdown")[0]
+    assert number == 0 and re.match(r"# \S.*\n\n> \S", source), "the first cell is `# Title`, an empty line, `> subtitle`, and why"
+
+
+@each_notebook
+def test_exported_cells_are_short(path):
+    for i, source, _ in cells(path):
+        lines = [line for line in source.splitlines() if line.strip()]
+        if lines and re.match(r"\s*#\s*\|\s*exports?i?\b", source):
+            assert len(lines) - 1 <= LONGEST_CELL, f"exported cell {i} has {len(lines) - 1} lines, more than {LONGEST_CELL}"
+
+
+def imports(tree):
+    "(module, names) of every import in a syntax tree, of this package's own modules by their bare name."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for a in node.names:
+                yield a.name, []
+        elif isinstance(node, ast.ImportFrom):
+            names = [a.name for a in node.names]
+            if node.module in (None, "domainmix") and (node.level or node.module):
+                for name in names:
+                    yield f"domainmix.{name}", []
+            else:
+                yield ("domainmix." if node.level else "") + node.module, names
+
+
+def test_imports_go_down():
+    number = floors()
+    assert number, "no notebook exports anything"
+    wrong = []
+    for name, text in modules(ROOT).items():
+        module = Path(name).stem
+        for target, names in imports(ast.parse(text)):
+            if target.startswith("domainmix.") and module in number:
+                other = target.split(".")[1]
+                if number.get(other, -1) > number[module]:
+                    wrong.append(f"{module} ({number[module]}) imports {other} ({number[other]})")
+            if "*" in names:
+                wrong.append(f"{module} imports everything from {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+HEADLESS = """
+import importlib, sys
+root, blocked, *names = sys.argv[1:]
+sys.path.insert(0, root)
+sys.modules.update(dict.fromkeys(blocked.split(',')))   # None there: the import fails, as if it were not installed
+for name in names:
+    try: importlib.import_module('domainmix.' + name)
+    except ModuleNotFoundError as e: sys.exit(f'domainmix.{name}: {e}')
+"""
+
+
+def headless(root, names, blocked="nbdev,fastcore,execnb,tyro,faiss,umap,IPython,ipywidgets,matplotlib,jscatter,pandas"):
+    "Import modules of the package where only what the headless path needs is installed."
+    command = [sys.executable, "-c", HEADLESS, str(root), blocked, *names]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def test_package_imports_where_there_are_no_notebooks():
+    done = headless(ROOT, sorted(floors()))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_headless_check_notices(tmp_path):
+    (tmp_path / "domainmix").mkdir()
+    (tmp_path / "domainmix" / "__init__.py").write_text("")
+    (tmp_path / "domainmix" / "bad.py").write_text("import matplotlib.pyplot")
+    done = headless(tmp_path, ["bad"])
+    assert done.returncode and "domainmix.bad: " in done.stderr and "matplotlib" in done.stderr
+
+
+def test_version_and_author_stand_in_one_place():
+    assert domainmix.__version__ == CFG["version"]
+    quoted = re.compile(r"[\"' ]" + re.escape(CFG["version"]) + r"(?![\w.])")
+    for name in ["setup.py", "pyproject.toml", "CITATION.cff", "Makefile", *(n for n in modules(ROOT) if not n.endswith("__init__.py"))]:
+        assert not quoted.search((ROOT / name).read_text(encoding="utf-8")), f"{name} repeats the version"
+    assert CFG["author"] in (ROOT / "CITATION.cff").read_text(encoding="utf-8"), "CITATION.cff names another author than settings.ini"
+
+
+def test_setup_reads_the_settings():
+    fields = ["--name", "--version", "--author", "--license"]
+    done = subprocess.run([sys.executable, "setup.py", "-q", *fields], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.stdout.split("\n")[:4] == [CFG["lib_name"], CFG["version"], CFG["author"], "Apache-2.0"], done.stdout + done.stderr
+
+
+def test_no_file_names_a_place_on_one_machine():
+    places = ["/" + n + r"/[\w.-]" for n in ("home", "root", "Users", "tmp/ipykernel")]
+    places += [re.escape(str(p)) + "/" for p in (ROOT, Path.home()) if len(p.parts) > 2]
+    pattern = re.compile(r"(?<![\w./-])(?:" + "|".join(places) + ")")
+    found = []
+    for name in tracked():
+        data = (ROOT / name).read_bytes()
+        if b"\0" not in data:
+            found += [f"{name}: {line.strip()[:120]}" for line in data.decode("utf-8", "replace").splitlines() if pattern.search(line)]
+    assert not found, "\n".join(found)
+
+
+def test_no_data_is_tracked():
+    wrong = [n for n in tracked() if n.startswith("data/") and n != "data/README.md" or n.endswith((".safetensors", ".npz", ".ckpt"))]
+    assert not wrong, wrong

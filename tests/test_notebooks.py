@@ -1,0 +1,116 @@
+"""Every notebook runs, in a process of its own, through nbdev's own test command.
+
+That command says nothing about what it ran: it succeeds when no cell was eligible, and a cell that ends
+the process ends it in silence. So the eligible cells are counted here, and success must be said aloud.
+"""
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sync import ROOT, notebooks
+
+LIMIT = 400  # seconds for one notebook, on a slow and busy core
+
+
+def skip_flags(root=ROOT):
+    "The directives that keep a cell from running in a test."
+    ini = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    ini.read(root / "settings.ini", encoding="utf-8")
+    return set(ini["DEFAULT"]["tst_flags"].split())
+
+
+def directives(source):
+    "The `#| name` lines at the top of a cell: name -> the words after it."
+    found = {}
+    for line in source.splitlines():
+        match = re.match(r"\s*#\s*\|\s*([\w-]+:?)\s*(.*)", line)
+        if match:
+            found[match[1]] = match[2]
+        elif line.strip():
+            break
+    return found
+
+
+def eligible(path, root=ROOT):
+    "The code cells that a test of the notebook must run."
+    cells = [(c["cell_type"], "".join(c["source"])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    if any(kind != "code" and re.search(r"(?m)^\W*skip_exec\s*:", source) for kind, source in cells):
+        return []
+    code = [source for kind, source in cells if kind == "code" and source.strip()]
+    return [s for s in code if not directives(s).keys() & skip_flags(root) and directives(s).get("eval:", "").lower() != "false"]
+
+
+def run(path, root=ROOT):
+    "Run one notebook as `nbdev_test` does; return what is wrong with it, or nothing."
+    if not eligible(path, root):
+        return f"{path.name}: no cell is eligible for testing"
+    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "MPLBACKEND": "agg"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    code = "from nbdev.test import nbdev_test; nbdev_test()"
+    try:
+        done = subprocess.run([sys.executable, "-c", code, "--path", str(path), "--n_workers", "0"], cwd=root, env=env, timeout=LIMIT,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except subprocess.TimeoutExpired:
+        return f"{path.name} did not end within {LIMIT} s"
+    if done.returncode == 0 and "Success." in done.stdout.splitlines():
+        return ""
+    cell = re.search(r"While Executing Cell #(\d+)", done.stdout)
+    source = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][int(cell[1]) - 1]["source"]) if cell else "unknown"
+    return f"{path.name} failed (exit status {done.returncode}) in the cell\n\n{source}\n\n{done.stdout[-8000:]}"
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
+def test_notebook(path):
+    problem = run(path)
+    if problem:
+        pytest.fail(problem, pytrace=False)
+
+
+# The runner itself: each way in which a notebook can be broken must be noticed.
+
+def project(folder, *cells, front=None):
+    "A project of one notebook with these code cells."
+    shutil.copy(ROOT / "settings.ini", folder)
+    (folder / "nbs").mkdir()
+    cells = [{"cell_type": "code", "source": s, "metadata": {}, "outputs": [], "execution_count": None, "id": f"c{i}"}
+             for i, s in enumerate(cells)]
+    if front:
+        cells.insert(0, {"cell_type": "raw", "source": front, "metadata": {}, "id": "front"})
+    nb = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    path = folder / "nbs" / "00_one.ipynb"
+    path.write_text(json.dumps(nb))
+    return path
+
+
+def test_a_good_notebook_passes(tmp_path):
+    path = project(tmp_path, "x = 1", "#| cuda\nraise SystemError('flagged cells do not run')", "assert x == 1")
+    assert run(path, tmp_path) == ""
+
+
+@pytest.mark.parametrize("cell, words", [
+    ("assert x == 2, 'x is one'", ["x is one", "assert x == 2"]),
+    ("x ==", ["SyntaxError"]),
+    ("raise SystemExit(0)", ["SystemExit"]),
+    ("import os; os._exit(0)", ["exit status 0"]),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", ["exit status -11"]),
+], ids=["assertion", "syntax", "exit", "silent-exit", "crash"])
+def test_a_broken_notebook_fails(tmp_path, cell, words):
+    problem = run(project(tmp_path, "x = 1", cell), tmp_path)
+    assert all(w in problem for w in words), problem
+
+
+@pytest.mark.parametrize("cell", ["#| slow\n1", "#| eval: false\n1", "#|cuda\n1", "  "])
+def test_a_notebook_without_an_eligible_cell_fails(tmp_path, cell):
+    assert "no cell is eligible" in run(project(tmp_path, cell), tmp_path)
+
+
+def test_a_notebook_that_asks_to_be_skipped_fails(tmp_path):
+    path = project(tmp_path, "1 / 0", front="---\nskip_exec: true\n---")
+    assert "no cell is eligible" in run(path, tmp_path)

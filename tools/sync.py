@@ -1,0 +1,71 @@
+"""Bring the package in step with the notebooks, and the notebooks into the form that git keeps.
+
+`make sync` runs this. The tests ask the same functions whether there is anything left to do.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def notebooks(root=ROOT):
+    "Every notebook of the project, in reading order."
+    return sorted(p for p in (root / "nbs").glob("*.ipynb"))
+
+
+def modules(root):
+    "The package's modules: file name -> text."
+    return {p.relative_to(root).as_posix(): p.read_text(encoding="utf-8")
+            for p in sorted((root / "domainmix").rglob("*.py"))}
+
+
+def exported(root=ROOT):
+    "What the notebooks export: file name -> text. Made in a copy, so that the package is never half there."
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        shutil.copy(root / "settings.ini", copy)
+        for name in ("nbs", "domainmix"):
+            (copy / name).mkdir()
+        shutil.copy(root / "domainmix" / "__init__.py", copy / "domainmix")
+        for nb in notebooks(root):
+            shutil.copy(nb, copy / "nbs")
+        env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+        command = [sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"]
+        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            raise SystemExit(f"the notebooks cannot be exported:\n{done.stdout}{done.stderr}")
+        return modules(copy)
+
+
+def cleaned(text):
+    "A notebook's JSON without what changes from one execution to the next: counts, ids, widget state."
+    from nbdev.clean import clean_nb
+    nb = json.loads(text)
+    clean_nb(nb, clean_ids=True)
+    nb["metadata"].pop("widgets", None)
+    return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+
+
+def sync(root=ROOT):
+    "Write every file that is out of step, and say which."
+    changes = {}
+    for nb in notebooks(root):
+        changes[nb] = cleaned(nb.read_text(encoding="utf-8"))
+    wanted = exported(root)
+    changes |= {root / name: text for name, text in wanted.items()}
+    for path, text in changes.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print("wrote", path.relative_to(root))
+    for name in modules(root).keys() - wanted.keys():
+        (root / name).unlink()
+        print("removed", name, "which no notebook exports")
+
+
+if __name__ == "__main__":
+    sync()
