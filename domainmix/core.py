@@ -232,13 +232,14 @@ class Log:
 
     append_jsonl = __call__
 
-# %% ../nbs/00_core.ipynb #2c287d92
+# %% ../nbs/00_core.ipynb #3c08a0f2
 def fit(hint: Any,   # a type, as a field declares it
         value: Any,  # what was read or given
         name: str    # the setting's dotted name, for the message
        ) -> Any:
     "`value` as the type `hint`, or a `DomainMixError` that says what was expected."
     kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if isinstance(value, np.generic): value = value.item()
     if kind in (typing.Union, types.UnionType):
         return _fit_any(args, value, name)
     if dataclasses.is_dataclass(kind):
@@ -320,7 +321,7 @@ def with_overrides(config: Any,    # a dataclass, nested or not
         config = dataclasses.replace(config, **{head: new})
     return config
 
-# %% ../nbs/00_core.ipynb #ee55d5e4
+# %% ../nbs/00_core.ipynb #123ff6ca
 def _digest(value: Any, h) -> None:
     "Feed `value` to the hash `h`, every part with its kind and length, so that parts cannot run together."
     tag = lambda kind, *size: h.update(f"{kind}{size};".encode())
@@ -333,10 +334,13 @@ def _digest(value: Any, h) -> None:
     elif isinstance(value, (list, tuple)):
         tag("list", len(value))
         for v in value: _digest(v, h)
-    elif isinstance(value, (np.ndarray, torch.Tensor)):
-        t = torch.as_tensor(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value.detach().cpu()
-        tag("array", str(t.dtype), *value.shape)
-        h.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, torch.Tensor):
+        tag("array", str(value.dtype).removeprefix("torch."), *value.shape)
+        h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, np.ndarray):
+        tag("array", value.dtype.name, *value.shape)
+        a = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+        h.update(a.reshape(-1).view(np.uint8).data)
     else:
         value = value.item() if isinstance(value, np.generic) else value
         text = str(value) if isinstance(value, (Path, torch.device)) else value
