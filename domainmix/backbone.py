@@ -326,7 +326,7 @@ def _ghost(bn: _BatchNorm, samples_per_bn: int) -> GhostBatchNorm:
     new.plain = type(bn)
     return new
 
-# %% ../nbs/20_backbone.ipynb #9fc0d645
+# %% ../nbs/20_backbone.ipynb #e331443c
 def to_ghost_bn(
     net: nn.Module,                # any network
     samples_per_bn: int | None,    # images in a group; None: leave them as they are
@@ -347,7 +347,7 @@ def to_domain_bn(
         raise DomainMixError("this network already has domain-specific BN", "take one domain's with from_domain_bn first")
     return _replace(copy.deepcopy(net), _BatchNorm, lambda bn: DomainBatchNorm(bn, n))
 
-
+# %% ../nbs/20_backbone.ipynb #0f0b34c5
 def from_domain_bn(
     net: nn.Module,     # a network of any kind of BN
     domain: int = 1,    # whose BN to keep; 1 is the first real domain
@@ -359,7 +359,7 @@ def from_domain_bn(
     net = _replace(copy.deepcopy(net), DomainBatchNorm, lambda m: m.domains[domain])
     return _replace(net, GhostBatchNorm, lambda bn: _same_bn(bn, bn.plain(bn.num_features)))
 
-
+# %% ../nbs/20_backbone.ipynb #0b241698
 def set_bn_domain(
     net: nn.Module,                       # from to_domain_bn
     domain: int | str | Tensor = 1,       # one number for all images; 'halves': equal parts, in order; (B,) int64
