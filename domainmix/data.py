@@ -204,7 +204,7 @@ LAYOUTS = {
         dict(train=((32621, 1041),), query=((11659, 3060),), gallery=((82161, 3060),)), 15),
     "folder": Layout("a folder of pictures", f"pictures ({', '.join(PICTURES)}) in any sub-folders", "check the path")}
 
-# %% ../nbs/11_data.ipynb #5de0f563
+# %% ../nbs/11_data.ipynb #4f95d839
 def count_problems(dataset: DataSet, # what was read
                    counts: dict,     # {split: [(images, identities), ...]}
                    cameras: int | None = None # how many over all splits
@@ -238,10 +238,10 @@ def check_counts(dataset: DataSet,           # what was read
     expected = (written["counts"], written["cameras"]) if written else (layout.counts or {}, layout.cameras)
     if problems := count_problems(dataset, *expected):
         warnings.warn(f"{shown(dataset.root)} is not all of {layout.title}: {'; '.join(problems)}. "
-                      "Right if a part is meant; else unpack it again.", stacklevel=4)
+                      "Right if a part is meant; else unpack it again.")
     if problems := camera_problems(dataset):
         warnings.warn(f"{shown(dataset.root)}: {'; '.join(problems)}. "
-                      "Nothing can be learned or scored across cameras.", stacklevel=4)
+                      "Nothing can be learned or scored across cameras.")
     return dataset
 
 # %% ../nbs/11_data.ipynb #1a538d26
@@ -319,7 +319,7 @@ def write_pictures(root: str | Path,     # the folder to make; it must be empty 
     finally: shutil.rmtree(beside, ignore_errors=True)
     return names
 
-# %% ../nbs/11_data.ipynb #16ac3f5b
+# %% ../nbs/11_data.ipynb #078eea78
 def known_splits(splits: list[str] | tuple[str, ...] # names of splits
                 ) -> tuple[str, ...]:
     "The same names, if all are known."
@@ -327,7 +327,7 @@ def known_splits(splits: list[str] | tuple[str, ...] # names of splits
         raise DomainMixError(f"unknown split {unknown[0]!r}", f"use {', '.join(SPLITS)}")
     return tuple(splits)
 
-def _rows(images, pid, camera, split):
+def _rows(images, pid, camera, split, lowest=0):
     "Identity, camera and split of each picture, as plain lists, checked."
     n = len(images)
     split = ["train"] * n if split is None else [str(s) for s in split]
@@ -340,6 +340,7 @@ def _rows(images, pid, camera, split):
     if n and min(camera) < 0:
         raise DomainMixError("a camera is unknown (-1)", "this layout has a camera in each name: give it a number from 0")
     known_splits(split)
+    if n and min(pid) < lowest: raise DomainMixError(f"an identity is {min(pid)}", f"this layout has identities from {lowest}")
     return list(zip(range(n), pid, camera, split))
 
 def _counts(rows):
@@ -353,13 +354,13 @@ def read_counts(home: Path # a data set's folder
     "The counts that a writer left, or None."
     return load_json(home/COUNTS) if (home/COUNTS).is_file() else None
 
-# %% ../nbs/11_data.ipynb #67e80b1a
+# %% ../nbs/11_data.ipynb #d642685e
 def write_market1501(root: str | Path, images: torch.Tensor, pid, camera,
                      split=None,                  # (N,) of 'train', 'query', 'gallery'; None: all train
                      name: str = "{pid}_c{camera}s1_{i:06d}_00.jpg" # how a file is called
                     ) -> list[str]:
     "Write `images` uint8 (N, 3, H, W) as Market-1501 lies on disk; cameras count from 0. Gives the paths, in order."
-    rows = _rows(images, pid, camera, split)
+    rows = _rows(images, pid, camera, split, lowest=-1)
     called = lambda i, p, c, s: f"{BOXES[s]}/" + name.format(i=i, pid=f"{p:04d}" if p >= 0 else "-1", camera=c + 1)
     return write_pictures(root, [called(*r) for r in rows], images, None, _counts(rows))
 
@@ -367,7 +368,7 @@ def write_cuhk03np(root: str | Path, images: torch.Tensor, pid, camera, split=No
     "The same for one kind of boxes of CUHK03-NP: give `.../detected` or `.../labeled` as root."
     return write_market1501(root, images, pid, camera, split, "{pid}_c{camera}_{i}.png")
 
-# %% ../nbs/11_data.ipynb #73da85a7
+# %% ../nbs/11_data.ipynb #1852a6fe
 def needed(need: tuple[str, ...] | None, # what the caller asks for; None: all that belongs to the set
            written: dict | None          # the set's own counts.json, if it has one
           ) -> tuple[str, ...]:
@@ -387,7 +388,7 @@ def read_names(name: str,       # the layout that was asked for
         raise not_this(name, root, f"of its {len(paths):,} pictures{where and ' in ' + where} none has a name of that form, "
                                    f"the first is {shown(paths[0])}")
     if odd: warnings.warn(f"left out {len(odd):,} of {len(paths):,} pictures in {shown(root/where)}, as their names are not "
-                          f"{LAYOUTS[name].title}'s: {', '.join(map(shown, odd[:3]))}", stacklevel=4)
+                          f"{LAYOUTS[name].title}'s: {', '.join(map(shown, odd[:3]))}")
     def number(m): return randperson_camera(int(m["scene"]), int(m["camera"])) if name == "randperson" else int(m["camera"]) - 1
     rows = [(p, int(m["pid"]), number(m)) for p, m in zip(paths, found) if m and m["pid"] != "-1"]
     return Records(*zip(*rows), root=str(root)) if rows else Records([], [], [], str(root))
@@ -478,17 +479,17 @@ def write_msmt17(root: str | Path, images: torch.Tensor, pid, camera,
         lines[LISTS[s][i % 10 == 9 if s == "train" else 0]].append(f"{listed} {p}\n")  # every tenth is for validation
     return write_pictures(root, names, images, {f: "".join(sorted(l)) for f, l in lines.items()}, _counts(rows))
 
-# %% ../nbs/11_data.ipynb #624615fd
+# %% ../nbs/11_data.ipynb #3c0b7afc
 def read_list(file: Path # a list with lines 'path pid'
              ) -> list[tuple[str, int]]:
     "Paths and identities of a list, in its order."
     rows = []
     for n, line in enumerate(file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"), 1):
         if not line.strip(): continue
-        path, _, pid = line.rstrip().rpartition(" ")
+        *path, pid = line.rsplit(None, 1)
         if not path or not re.fullmatch(r"[0-9]{1,9}", pid):
-            raise DomainMixError(f"{file}, line {n}: {shown(line.rstrip())!r:.80} is not 'path pid'", LAYOUTS["msmt17"].get)
-        rows.append((path.rstrip(), int(pid)))
+            raise DomainMixError(f"{shown(file)}, line {n}: {shown(line)!r:.80} is not 'path pid'", LAYOUTS["msmt17"].get)
+        rows.append((path[0], int(pid)))
     return rows
 
 def leads_out(path: str # as a list has it
@@ -506,7 +507,7 @@ def outside(home: Path,      # a data set's folder
         end = lambda: os.path.realpath(full) if os.path.islink(full) else real(os.path.dirname(full))
         if leads_out(path) or os.path.commonpath([end(), real_home]) != real_home: yield path
 
-# %% ../nbs/11_data.ipynb #9e50ed07
+# %% ../nbs/11_data.ipynb #477b40ab
 def msmt_folder(home: Path, # the data set's folder
                 part: int,  # 0 for training, 1 for the test
                 first: str  # a picture that should be in it
@@ -522,7 +523,7 @@ def check_listed(home: Path, paths: list[str], lists: str) -> None:
     for p in outside(home, paths):
         raise DomainMixError(f"{lists} in {shown(home)} names {shown(p)}, which lies outside the data set",
                              "use the lists as published")
-    if lost := [p for p in paths if not os.path.lexists(home/p)]:
+    if lost := [p for p in paths if not os.path.lexists(os.path.join(home, p))]:
         raise DomainMixError(f"{len(lost):,} of {len(paths):,} pictures that {lists} names are not in {shown(home)}; "
                              f"the first is {shown(lost[0])}", f"unpack it again. {get}")
     for p, m in zip(paths, match_names(paths, "msmt17")):
@@ -568,7 +569,7 @@ def merge(dataset: DataSet # any data set
     sought = known(np.concatenate([np.empty(0, int), *(r.pid for s, r in dataset.splits.items() if s != "gallery")]))
     return everyone[everyone.pid != 0] if dataset.name == "market1501" and 0 not in sought else everyone
 
-# %% ../nbs/11_data.ipynb #53d868a5
+# %% ../nbs/11_data.ipynb #c526a173
 def read_folder(root: str | Path,                    # a folder of crops
                 need: tuple[str, ...] | None = None, # splits that must be there; None: any one
                 pattern: str | None = None           # a regular expression for paths below `root`, groups pid and camera
@@ -581,7 +582,7 @@ def read_folder(root: str | Path,                    # a folder of crops
     if pattern is None:
         special = [n for n in sniff(home) if n not in ("folder", "randperson")]
         if special: warnings.warn(f"{shown(home)} looks like {special[0]}, and is read as plain crops: "
-                                  "no labels, and its test pictures too.", stacklevel=2)
+                                  "no labels, and its test pictures too.")
         found = dict(train=Records(paths, np.full(len(paths), -1), np.full(len(paths), -1), str(home)))
     else: found = read_pattern(home, paths, pattern)
     for split in known_splits(need or ()):
@@ -589,7 +590,7 @@ def read_folder(root: str | Path,                    # a folder of crops
             f"{shown(home)} has no {split}", "give a pattern that reads pid, and sub-folders query and gallery")
     return check_counts(DataSet("folder", str(home), **found))
 
-# %% ../nbs/11_data.ipynb #d23ebe5a
+# %% ../nbs/11_data.ipynb #1cefae3c
 def number(texts: list[str | None] # what a group matched; None or '' where nothing
           ) -> np.ndarray:
     "Whole numbers as they are, other texts by their place in sorted order, nothing as -1."
@@ -617,7 +618,7 @@ def read_pattern(home: Path, paths: list[str], pattern: str) -> dict[str, Record
     if not hits: raise DomainMixError(f"the pattern {pattern!r} matches none of the {len(paths):,} pictures in {shown(home)}",
                                       f"it is searched in the path below that folder; the first is {shown(paths[0])}")
     if len(hits) < len(paths): warnings.warn(f"left out {len(paths) - len(hits):,} of {len(paths):,} pictures in {shown(home)} "
-                                             "that the pattern does not match", stacklevel=4)
+                                             "that the pattern does not match")
     column = lambda g: number([m.groupdict().get(g) for _, m in hits])
     rows = Records([p for p, _ in hits], column("pid"), column("camera"), str(home))
     top = np.array([p.split("/")[0] for p in rows.path])
