@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,17 +54,20 @@ def run(path, root=ROOT):
         return f"{path.name}: no cell is eligible for testing"
     env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "MPLBACKEND": "agg"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    code = "from nbdev.test import nbdev_test; nbdev_test()"
-    try:
-        done = subprocess.run([sys.executable, "-c", code, "--path", str(path), "--n_workers", "0"], cwd=root, env=env, timeout=LIMIT,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    except subprocess.TimeoutExpired:
-        return f"{path.name} did not end within {LIMIT} s"
-    if done.returncode == 0 and "Success." in done.stdout.splitlines():
+    command = [Path(sys.executable).with_name("nbdev_test"), "--path", path, "--n_workers", "0", "--do_print"]
+    with subprocess.Popen(command, cwd=root, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, errors="replace", start_new_session=True) as process:
+        try:
+            said = process.communicate(timeout=LIMIT)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return f"{path.name} did not end within {LIMIT} s\n{process.communicate()[0][-3000:]}"
+    started = [line for line in said.splitlines() if line.startswith("Starting ")]
+    if process.returncode == 0 and "Success." in said.splitlines() and started == [f"Starting {path}"]:
         return ""
-    cell = re.search(r"While Executing Cell #(\d+)", done.stdout)
+    cell = re.search(r"While Executing Cell #(\d+)", said)
     source = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][int(cell[1]) - 1]["source"]) if cell else "unknown"
-    return f"{path.name} failed (exit status {done.returncode}) in the cell\n\n{source}\n\n{done.stdout[-8000:]}"
+    return f"{path.name} failed (exit status {process.returncode}) in the cell\n\n{source}\n\n{said[-8000:]}"
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
@@ -91,7 +95,13 @@ def project(folder, *cells, front=None):
 
 def test_a_good_notebook_passes(tmp_path):
     path = project(tmp_path, "x = 1", "#| cuda\nraise SystemError('flagged cells do not run')", "assert x == 1")
+    path.with_name("10_other.ipynb").write_text(path.read_text().replace("x = 1", "raise SystemError('this one was not asked for')"))
     assert run(path, tmp_path) == ""
+
+
+def test_a_notebook_that_hangs_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "LIMIT", 0.5)
+    assert "did not end" in run(project(tmp_path, "import time; time.sleep(600)"), tmp_path)
 
 
 @pytest.mark.parametrize("cell, words", [
