@@ -414,8 +414,8 @@ def ranking_gallery(query_images: Tensor, gallery_images: Tensor,  # uint8 (Q, 3
         titles.append(f"id {q_pid[q]}" + ("" if ap is None or not np.isfinite(ap[q]) else f"\nAP {100 * ap[q]:.0f} %"))
     return sheet(torch.cat(pictures), row, column, marks, captions, titles, title, height, ax)
 
-# %% ../nbs/70_viz.ipynb #44851f49
-NOT_LOSSES = {"epoch", "iteration", "lr", "disc_lr", "seconds", "time", "images_per_second", "seed", "n", "step"}
+# %% ../nbs/70_viz.ipynb #6277932e
+NOT_LOSSES = {"epoch", "iterations", "lr", "seconds", "images_per_s", "seed"}
 
 def read_log(log: str | Path | Sequence[dict], # a log.jsonl, or its rows
             ) -> dict[str, list[dict]]:        # stage -> rows, in order
@@ -427,11 +427,18 @@ def read_log(log: str | Path | Sequence[dict], # a log.jsonl, or its rows
     return {s: [epochs[e] for e in sorted(epochs)] for s, epochs in stages.items()}
 
 def loss_names(rows: Sequence[dict]) -> list[str]:
-    "Fields of a log that are losses: those called so, else every number that is not book-keeping."
-    numbers = list(dict.fromkeys(k for r in rows for k, v in r.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k not in NOT_LOSSES))
-    return [k for k in numbers if "loss" in k] or numbers
+    "Numbers of a log that are neither book-keeping nor an accuracy; the terms rather than their sum."
+    names = list(dict.fromkeys(k for r in rows for k, v in r.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+                               and k not in NOT_LOSSES and not k.endswith("accuracy")))
+    return [k for k in names if k != "loss"] or names
 
-# %% ../nbs/70_viz.ipynb #399a9058
+# %% ../nbs/70_viz.ipynb #934260ef
+def _plain_log_ticks(axis):
+    "Ticks 1, 2, 5, 10 ... on a logarithmic axis, written as numbers."
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5))); axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+
 def loss_curves(log: str | Path | Sequence[dict],  # a log.jsonl, or its rows, with `stage` and `epoch`
                 keys: Sequence[str] | None = None, # which fields; None: the losses found
                 title: str = "", height: float = 2.6): # inches
@@ -445,7 +452,8 @@ def loss_curves(log: str | Path | Sequence[dict],  # a log.jsonl, or its rows, w
             points = [(r.get("epoch", i), r[k]) for i, r in enumerate(rows) if isinstance(r.get(k), (int, float))]
             if points: ax.plot(*zip(*points), color=shade[k], linewidth=1.6, marker=MARKERS[names.index(k) % len(MARKERS)], markersize=3.5, label=k.replace("_", " "))
         finish(ax, stage, "epoch")
-        ax.set_ylim(bottom=min(0, ax.get_ylim()[0])); ax.xaxis.get_major_locator().set_params(integer=True)
+        if all((np.asarray(line.get_ydata()) > 0).all() for line in ax.lines): ax.set_yscale("log"); _plain_log_ticks(ax.yaxis)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     lines = {line.get_label(): line for ax in axes[0] for line in ax.lines}
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=max(1, int(figure.get_figwidth() / 1.3)), frameon=False, fontsize=8, labelcolor=INK)
     if title: figure.suptitle(title, x=.01, ha="left", fontsize=11, fontweight="bold", color=INK)
