@@ -37,7 +37,7 @@ demo: $(STAMP)
 
 # Two tests at a time, each on one core: more threads only get in each other's way.
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(JUNIT),--junitxml=$(JUNIT)) $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(JUNIT),--junitxml="$(JUNIT)") $(ARGS)
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab nbs

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import domainmix
-from sync import ROOT, cleaned, exported, modules, notebooks
+from sync import ROOT, exported, is_clean, modules, notebooks
 
 LONGEST_CELL = 40        # lines of an exported cell
 LARGEST_OUTPUT = 300_000  # characters of one saved output
@@ -60,7 +60,7 @@ def test_package_is_what_the_notebooks_export():
 def test_notebook_is_clean(path):
     text = path.read_text(encoding="utf-8")
     assert "application/vnd.jupyter.widget-state+json" not in text, "it holds the state of a widget: run `make sync`"
-    assert json.loads(text) == json.loads(cleaned(text)), "run `make sync`"
+    assert is_clean(text), "run `make sync`"
 
 
 @each_notebook

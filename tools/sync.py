@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def notebooks(root=ROOT):
     "Every notebook of the project, in reading order."
-    return sorted(p for p in (root / "nbs").glob("*.ipynb"))
+    return sorted((root / "nbs").glob("*.ipynb"))
 
 
 def modules(root):
@@ -51,11 +51,15 @@ def cleaned(text):
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
+def is_clean(text):
+    "Is there nothing to clean? The order of the keys is left to whoever wrote them."
+    return json.loads(text) == json.loads(cleaned(text))
+
+
 def sync(root=ROOT):
     "Write every file that is out of step, and say which."
-    changes = {}
-    for nb in notebooks(root):
-        changes[nb] = cleaned(nb.read_text(encoding="utf-8"))
+    texts = {nb: nb.read_text(encoding="utf-8") for nb in notebooks(root)}
+    changes = {nb: cleaned(text) for nb, text in texts.items() if not is_clean(text)}
     wanted = exported(root)
     changes |= {root / name: text for name, text in wanted.items()}
     for path, text in changes.items():
