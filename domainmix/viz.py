@@ -459,7 +459,7 @@ def loss_curves(log: str | Path | Sequence[dict],  # a log.jsonl, or its rows, w
     if title: figure.suptitle(title, x=.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     return figure
 
-# %% ../nbs/70_viz.ipynb #4a83001c
+# %% ../nbs/70_viz.ipynb #2a71f336
 def probe_curve(accuracy: dict[str, Sequence[float]], # a name -> fractions, one an epoch or a stage
                 x: Sequence | None = None,            # epochs or the stages' names; None: 0, 1, 2 ...
                 chance: float = .5,                   # 1 / number of domains
@@ -474,6 +474,7 @@ def probe_curve(accuracy: dict[str, Sequence[float]], # a name -> fractions, one
     ax.axhline(100 * chance, color=INK, linewidth=1, linestyle=(0, (4, 2)))
     ax.annotate("chance", (1, 100 * chance), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8, color=INK, ha="right")
     ax.set_ylim(100 * chance - 4, 101)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     if words: ax.set_xticks(place, x)
     finish(ax, title, "" if words else "epoch", "accuracy, %")
     if len(accuracy) > 1: _legend(ax, loc="best")
@@ -583,14 +584,14 @@ def pipeline_diagram(images: dict[str, Tensor] | None = None): # 'A', 'B', 'C' -
     ax.set_xlim(0, 1000); ax.set_ylim(0, 340); ax.set_aspect("auto"); ax.set_axis_off()
     return figure
 
-# %% ../nbs/70_viz.ipynb #d210e7c9
+# %% ../nbs/70_viz.ipynb #44edff51
 STYLE = """
 :root{color-scheme:light dark;--ink:#24292f;--soft:#57606a;--paper:#fff;--rule:#d8dee4;--band:#f6f8fa}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa4af;--paper:#0d1117;--rule:#30363d;--band:#161b22}}
-body{margin:0 auto;padding:2.5rem 1.25rem 4rem;max-width:62rem;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
+body{margin:0 auto;padding:2.5rem 1.25rem 4rem;max-width:64rem;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 h1{font-size:1.7rem;line-height:1.2;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.4rem 0 .7rem}p{margin:.5rem 0}.soft{color:var(--soft);font-size:.9rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:.45rem .8rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
+th,td{padding:.45rem .6rem;text-align:right;border-bottom:1px solid var(--rule)}td,tbody th{white-space:nowrap}
 th:first-child{text-align:left}thead th{border-bottom:2px solid var(--soft);font-weight:600;vertical-align:bottom}
 tbody th{font-weight:400}tbody tr:nth-child(even){background:var(--band)}td .sd{color:var(--soft);font-size:.85em}
 figure{margin:1.4rem 0 2rem}figure img{display:block;max-width:100%;height:auto;background:#fff;border-radius:6px;padding:8px;box-sizing:border-box;border:1px solid var(--rule)}
