@@ -11,7 +11,7 @@ __all__ = ['PALETTES', 'PATTERNS', 'BAGS', 'CLOTHES', 'FAR', 'NEAR', 'DIM', 'STY
            'draw_leg', 'draw_arm', 'body_angle', 'cloth', 'chest', 'trunk', 'folds', 'draw_torso', 'draw_skirt',
            'paint_bag', 'draw_backpack', 'draw_satchel', 'draw_handbag', 'draw_head', 'painters', 'draw_person', 'cut',
            'add_bystanders', 'background', 'draw_shadow', 'draw_post', 'film', 'Domain', 'draw', 'draw_domain',
-           'WorldConfig', 'draw_world', 'toy']
+           'WorldConfig', 'draw_world', 'one_query_each', 'test_split', 'source_split', 'toy']
 
 # %% ../nbs/10_world.ipynb #ea1aab27
 import math
@@ -388,21 +388,22 @@ class Canvas:
         part = self.image[:, :, rows]
         part += cover[:, None] * (colour - part)
 
-# %% ../nbs/10_world.ipynb #3ffaac6a
+# %% ../nbs/10_world.ipynb #3ae5507c
 def capsule(c: Canvas,
             a: Tensor, b: Tensor, # (B, 2), where the limb begins and ends
             ra, rb                # (B,) or numbers: its radius there
            ) -> Limb:
     "A limb from `a` to `b`."
     rows = c.rows(torch.minimum(a[:, 1] - ra, b[:, 1] - rb), torch.maximum(a[:, 1] + ra, b[:, 1] + rb))
-    bx, by = each(b[:, 0] - a[:, 0]), each(b[:, 1] - a[:, 1])
+    length = (b - a).norm(dim=1).clamp(min=1e-3)
+    ux, uy = (each(k) for k in ((b - a) / length[:, None]).unbind(1))
     px, py = c.x - each(a[:, 0]), c.y[:, rows] - each(a[:, 1])
-    over = 1 / (bx * bx + by * by).clamp(min=1e-6)
-    along = ((px * bx + py * by) * over).clamp(0, 1)
+    over, beside = px * ux + py * uy, px * uy - py * ux         # the pixel in the limb's own frame
+    along = (over / each(length)).clamp(0, 1)
     radius = wide(ra) + along * wide(rb - ra)
-    distance = torch.sqrt((px - along * bx) ** 2 + (py - along * by) ** 2) - radius
-    across = (px * by - py * bx) * over.sqrt() * torch.where(by > 0, 1., -1.)
-    return Limb(rows, c.cover(distance), (across / radius).clamp(-1, 1), along)
+    distance = torch.sqrt(beside ** 2 + (over - along * each(length)) ** 2) - radius
+    leftwards = torch.where(uy > 0, 1., -1.)
+    return Limb(rows, c.cover(distance), (beside / radius * leftwards).clamp(-1, 1), along)
 
 # %% ../nbs/10_world.ipynb #d6e8a245
 def rounded(across: Tensor, light: Tensor) -> Tensor:
@@ -787,7 +788,44 @@ def draw_world(config: WorldConfig,                # what to draw
     size = config.height, config.width
     return {n: draw_domain(getattr(config, n), config.seed, size, device, name=n, progress=f"drawing {n.upper()}", **kw) for n in "abc"}
 
-# %% ../nbs/10_world.ipynb #aa0c0ba9
+# %% ../nbs/10_world.ipynb #f41ce167
+def one_query_each(pid: Tensor,   # (N,)
+                   camera: Tensor # (N,)
+                  ) -> Tensor:    # bool (N,)
+    "Choose a query for each identity and camera, so that each has a match in another camera among the rest."
+    pairs, place, times = torch.stack([pid, camera], 1).unique(dim=0, return_inverse=True, return_counts=True)
+    first = torch.full((len(pairs),), len(pid)).scatter_reduce(0, place, torch.arange(len(pid)), "amin")
+    n_cameras = torch.bincount(pairs[:, 0])[pairs[:, 0]]
+    query = torch.zeros(len(pid), dtype=torch.bool)
+    query[first[(times > 1) & (n_cameras > 1)]] = True
+    if not query.any():
+        raise DomainMixError("nobody is seen twice by one camera and again by another, so there is no query",
+                             "raise cameras_per_id and images_per_camera to at least 2")
+    return query
+
+def test_split(domain: Domain       # any domain
+              ) -> tuple[Tensor, list[str]]: # pid (N,), 0 for distractors; 'query' or 'gallery' (N,)
+    "Split a domain into queries and gallery as Market-1501 is."
+    query = one_query_each(domain.pid, domain.camera)
+    return torch.where(domain.passer_by, 0, domain.pid + 1), ["query" if q else "gallery" for q in query.tolist()]
+
+# %% ../nbs/10_world.ipynb #fe57754b
+def source_split(domain: Domain,    # any domain
+                 held_out: float,   # share of the identities, passers-by aside, that only the test knows
+                 g: torch.Generator # decides which
+                ) -> tuple[Tensor, list[str]]: # pid (N,), from 0 in each part; 'train', 'query' or 'gallery' (N,)
+    "Split a domain into a part to learn from and a small test of other people."
+    if not 0 <= held_out < 1: raise DomainMixError(f"held_out is {held_out}", "it is a share: give 0 to less than 1")
+    lasting = domain.pid[~domain.passer_by].unique()
+    chosen = lasting[torch.randperm(len(lasting), generator=g)[:round(held_out * len(lasting))]]
+    test = torch.isin(domain.pid, chosen)
+    query = torch.zeros_like(test)
+    if test.any(): query[test] = one_query_each(domain.pid[test], domain.camera[test])
+    pid = torch.empty_like(domain.pid)
+    for part in (test, ~test): pid[part] = domain.pid[part].unique(return_inverse=True)[1]
+    return pid, ["query" if q else "gallery" if t else "train" for q, t in zip(query.tolist(), test.tolist())]
+
+# %% ../nbs/10_world.ipynb #0bccae49
 def toy(n_ids: int = 8,               # identities
         per_id: int = 4,              # pictures of each
         cameras: int = 2,             # which they are spread over
@@ -795,10 +833,11 @@ def toy(n_ids: int = 8,               # identities
         seed: int = 0                 # another seed, other people
        ) -> tuple[Tensor, Tensor, Tensor]: # images uint8 (N, 3, H, W), pid (N,), camera (N,)
     "A domain of a few people, in milliseconds: what tests are made of."
-    if min(n_ids, per_id) < 1: raise DomainMixError(f"{n_ids} identities with {per_id} pictures each", "give at least one of both")
-    style = DomainStyle(ids=n_ids, cameras=cameras, cameras_per_id=(1, max(1, cameras)), scenes=2, bystanders=.5)
+    if min(n_ids, per_id, cameras) < 1:
+        raise DomainMixError(f"{n_ids} identities with {per_id} pictures each, {cameras} cameras", "give at least one of each")
+    style = DomainStyle(ids=n_ids, cameras=cameras, cameras_per_id=(1, cameras), scenes=2, clutter=.3, bystanders=0.)
     person, k = torch.arange(n_ids).repeat_interleave(per_id), torch.arange(per_id).repeat(n_ids)
-    camera = k % max(1, cameras)
+    camera = k % cameras
     seen = dict(person=person, camera=camera, tracklet=person * cameras + camera, passer_by=torch.zeros(len(k), dtype=torch.bool))
     world = draw_domain(style, seed, size, name="toy", seen=seen)
     return world.images, world.pid, world.camera
