@@ -11,10 +11,10 @@ __all__ = ['SPLITS', 'PICTURES', 'NAMES', 'SCENES', 'FIRST', 'LAYOUTS', 'BOXES',
            'read_boxes', 'read_market1501', 'read_cuhk03np_detected', 'read_cuhk03np_labeled', 'write_randperson',
            'read_randperson', 'write_msmt17', 'read_list', 'leads_out', 'outside', 'msmt_folder', 'check_listed',
            'read_msmt_split', 'read_msmt17', 'merge', 'read_folder', 'number', 'compile_pattern', 'read_pattern',
-           'unknown_set', 'read_dataset']
+           'unknown_set', 'read_dataset', 'write_domain', 'write_world']
 
 # %% ../nbs/11_data.ipynb #bebf8aba
-import difflib, functools, itertools, os, re, shutil, warnings
+import difflib, functools, inspect, itertools, os, re, shutil, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from typing import Callable, Iterator
 import numpy as np, torch
 from PIL import Image
 
-from .core import DomainMixError, load_json, save_json
+from .core import DomainMixError, fingerprint, generator, load_json, save_json
+from .world import Domain, WorldConfig, draw_domain, source_split, test_split
 
 # %% ../nbs/11_data.ipynb #617a5fa4
 @dataclass
@@ -653,3 +654,32 @@ def read_dataset(spec: str,                  # 'market1501:DIR', 'folder:DIR', .
         raise DomainMixError(f"a pattern was given for {name}, whose names are known",
                              f"drop the pattern, or read folder:{shown(folder)}")
     return READERS[name](folder, need, **(dict(pattern=pattern) if pattern is not None else {}))
+
+# %% ../nbs/11_data.ipynb #34e0d898
+def write_domain(root: str | Path,      # the folder to make
+                 name: str,             # 'a', 'b' or 'c'
+                 config: WorldConfig,   # the world that the domain belongs to
+                 domain: Domain         # its pictures
+                ) -> None:
+    "Write one drawn domain in the layout that it stands in for."
+    if name == "a": return write_randperson(root, domain.images, domain.pid, domain.camera)
+    if name == "b": pid, split = source_split(domain, config.held_out, generator(config.seed, "world", "held out"))
+    else: pid, split = test_split(domain)
+    {"b": write_msmt17, "c": write_market1501}[name](root, domain.images, pid, domain.camera, split)
+
+# %% ../nbs/11_data.ipynb #847b2483
+def write_world(root: str | Path,           # the folder in which the three folders lie; made if missing
+                config: WorldConfig,        # what to draw
+                device: str | torch.device = "cpu" # where to draw
+               ) -> dict[str, Path]:        # the folders of 'a', 'b' and 'c'
+    "Draw the world that is not there yet, and write A as RandPerson, B as MSMT17 and C as Market-1501."
+    recipe = inspect.getsource(inspect.getmodule(draw_domain)), config.height, config.width, config.seed, config.held_out
+    places = {n: Path(root).expanduser()/f"{n}-{fingerprint(n, getattr(config, n), *recipe)}" for n in "abc"}
+    complete = lambda place: read_counts(place) is not None
+    for n, place in places.items():
+        if complete(place): continue
+        domain = draw_domain(getattr(config, n), config.seed, (config.height, config.width), device, n, progress=f"drawing {n.upper()}")
+        try: write_domain(place, n, config, domain)
+        except (OSError, DomainMixError):
+            if not complete(place): raise     # else another process was faster
+    return places
