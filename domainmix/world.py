@@ -761,7 +761,7 @@ def draw_domain(style: DomainStyle,                 # what it is like
     images = draw(people, cameras, scenes, views, seen, noise, size, device, **kw)
     return Domain(images, seen["person"], seen["camera"], seen["tracklet"], seen["passer_by"], people, cameras, views)
 
-# %% ../nbs/10_world.ipynb #6bcd7248
+# %% ../nbs/10_world.ipynb #bc373832
 STYLES = dict(
     a=DomainStyle(),
     b=DomainStyle(ids=300, passers_by=.25, cameras=10, palette="everyday", look_alikes=.06, matching=.25, exposure=.18, cast=.06,
@@ -782,11 +782,12 @@ class WorldConfig:
 
 def draw_world(config: WorldConfig,                # what to draw
                device: str | torch.device = "cpu", # where
-               **kw                                # chunk: see `draw`
+               progress: bool = True               # show a bar for each domain
               ) -> dict[str, Domain]:              # 'a', 'b' and 'c'
     "All three domains."
     size = config.height, config.width
-    return {n: draw_domain(getattr(config, n), config.seed, size, device, name=n, progress=f"drawing {n.upper()}", **kw) for n in "abc"}
+    return {n: draw_domain(getattr(config, n), config.seed, size, device, name=n, progress=f"drawing {n.upper()}" if progress else "")
+            for n in "abc"}
 
 # %% ../nbs/10_world.ipynb #f41ce167
 def one_query_each(pid: Tensor,   # (N,)
