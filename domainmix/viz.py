@@ -6,8 +6,9 @@
 __all__ = ['INK', 'PAPER', 'GREY', 'RULE', 'OKABE_ITO', 'CYCLE', 'MEANING', 'MARKERS', 'MARKS', 'NOT_LOSSES', 'METRICS', 'STYLE',
            'colours', 'png', 'picture', 'panels', 'finish', 'check_images', 'mosaic', 'sheet', 'contact_sheet',
            'noisiest', 'cluster_gallery', 'noisy_clusters', 'cluster_sizes', 'reliability_scatter', 'project',
-           'embedding', 'embeddings', 'picture_map', 'ranking_gallery', 'read_log', 'loss_names', 'loss_curves',
-           'probe_curve', 'score', 'summarise', 'percent', 'method_table', 'pipeline_diagram', 'result_table', 'report']
+           'embedding', 'embeddings', 'picture_map', 'spread', 'ranking_gallery', 'read_log', 'loss_names',
+           'loss_curves', 'probe_curve', 'score', 'summarise', 'percent', 'method_table', 'pipeline_diagram',
+           'result_table', 'report']
 
 # %% ../nbs/70_viz.ipynb #57f4d4fe
 import base64, html, io, json
@@ -389,29 +390,35 @@ def picture_map(images: Tensor, features,  # uint8 (N, 3, H, W); (N, D), or (N, 
     _write(ax, canvas, corners, size, np.zeros(len(keep), int), marks, None, None, title)
     return figure
 
-# %% ../nbs/70_viz.ipynb #87269310
+# %% ../nbs/70_viz.ipynb #9c8f977e
+def spread(ap,          # (Q,) average precision, nan where a query has no match
+           n: int = 5   # how many
+          ) -> list[int]:
+    "Queries evenly from the best answered to the worst."
+    ap = np.asarray(ap, float)
+    order = np.argsort(-ap, kind="stable")[:np.isfinite(ap).sum()]       # nan sorts last
+    return order[np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int)].tolist()
+
 def ranking_gallery(query_images: Tensor, gallery_images: Tensor,  # uint8 (Q, 3, H, W), (G, 3, H, W)
-                    query_features, gallery_features,              # (Q, D), (G, D), L2-normalised
-                    query_pid, gallery_pid, query_camera=None, gallery_camera=None, # (Q,), (G,)
-                    queries: Sequence[int] | None = None,          # which to show; None: `n` evenly through the list
+                    answers,                                       # `evaluate.ranked_list` of them, with or without junk
+                    query_pid, query_camera=None, gallery_camera=None, # (Q,), (Q,), (G,): to write under the pictures
+                    ap: Sequence[float] | None = None,             # (Q,) average precision of each
+                    queries: Sequence[int] | None = None,          # which to show; None: `n` of them, from best to worst
                     n: int = 5, top: int = 10,                     # rows; answers in each
-                    ap: Sequence[float] | None = None,             # (Q,) average precision, to print beside the query
                     title: str = "Queries and what the gallery answers", height: int = 96, ax=None):
     "Queries on the left, ranked answers on the right: right, wrong, or not counted."
-    q_pid, g_pid = np.asarray(query_pid), np.asarray(gallery_pid)
-    q_cam, g_cam = (np.full(len(p), -1) if c is None else np.asarray(c) for p, c in [(q_pid, query_camera), (g_pid, gallery_camera)])
-    if queries is None: queries = np.linspace(0, len(q_pid) - 1, min(n, len(q_pid))).round().astype(int)
-    order = np.argsort(-(np.asarray(query_features)[queries] @ np.asarray(gallery_features).T), axis=1, kind="stable")[:, :top]
+    if queries is None: queries = spread(np.zeros(len(query_pid)) if ap is None else ap, n)
+    camera = lambda table, i: "" if table is None or table[i] < 0 else f" · c{int(table[i])}"
     pictures, row, column, marks, captions, titles = [], [], [], [], [], []
-    for r, (q, found) in enumerate(zip(queries, order)):
-        same, junk = g_pid[found] == q_pid[q], (g_pid[found] == q_pid[q]) & (g_cam[found] == q_cam[q]) & (q_cam[q] >= 0) | (g_pid[found] < 0)
-        place = np.cumsum(~junk)
-        pictures += [torch.as_tensor(query_images[q])[None], torch.as_tensor(gallery_images[found.copy()])]
-        row += [r] * (1 + len(found)); column += [0, *np.arange(1.25, 1 + len(found))]
-        marks += ["query", *np.select([junk, same], ["junk", "right"], "wrong")]
-        camera = [f" · c{c}" if c >= 0 else "" for c in (q_cam[q], *g_cam[found])]
-        captions += ["query" + camera[0], *(("–" if j else str(p)) + c for j, p, c in zip(junk, place, camera[1:]))]
-        titles.append(f"id {q_pid[q]}" + ("" if ap is None or not np.isfinite(ap[q]) else f"\nAP {100 * ap[q]:.0f} %"))
+    for r, q in enumerate(queries):
+        real = answers.index[q][:top] >= 0
+        found, flag = answers.index[q][:top][real], answers.flag[q][:top][real]
+        pictures += [torch.as_tensor(query_images[q])[None], torch.as_tensor(gallery_images[found])]
+        row += [r] * (1 + len(found)); column += [0, *(np.arange(len(found)) + 1.25)]
+        marks += ["query", *({1: "right", 0: "wrong", -1: "junk"}[int(f)] for f in flag)]
+        places = ["–" if f < 0 else str(p) for f, p in zip(flag, np.cumsum(flag >= 0))]
+        captions += ["query" + camera(query_camera, q), *(p + camera(gallery_camera, i) for p, i in zip(places, found))]
+        titles.append(f"id {int(query_pid[q])}" + ("" if ap is None else f"\nAP {100 * ap[q]:.0f} %"))
     return sheet(torch.cat(pictures), row, column, marks, captions, titles, title, height, ax)
 
 # %% ../nbs/70_viz.ipynb #6277932e
