@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lr_schedule', 'set_lr', 'averaged', 'diverged', 'Meter', 'differences', 'write_lines', 'save_checkpoint',
-           'load_checkpoint', 'weights_key', 'data_key', 'Run', 'place', 'take', 'embed_images']
+           'load_checkpoint', 'weights_key', 'data_key', 'Run', 'place', 'take', 'embed_images', 'class_means']
 
 # %% ../nbs/23_loop.ipynb #612a76a7
 import json
@@ -44,14 +44,14 @@ def lr_schedule(
     shape = np.where(t < rise, (t + 1) / max(rise, 1), 1.0) * shape
     return lr * shape.reshape(epochs, iterations)
 
-# %% ../nbs/23_loop.ipynb #a98fcb3f
+# %% ../nbs/23_loop.ipynb #78edfc70
 def set_lr(
     optimiser: torch.optim.Optimizer,  # changed in place
     lr: float,                         # for all of its parameters
 ) -> None:
     "Use `lr` from now on."
     for group in optimiser.param_groups:
-        group["lr"] = lr
+        group["lr"] = float(lr)      # a plain number, so that a checkpoint needs no numpy
 
 # %% ../nbs/23_loop.ipynb #611be2d5
 def averaged(
@@ -266,3 +266,14 @@ def embed_images(
         out.append(nn.functional.normalize(feature))
     net.train(mode)
     return torch.cat(out)
+
+# %% ../nbs/23_loop.ipynb #85b868a2
+def class_means(
+    feature: Tensor,  # (N, D)
+    label: Tensor,    # (N,) int64, -1 for images without a class
+    n_classes: int,   # rows of the answer
+) -> Tensor:          # (n_classes, D), of length one; zero for a class without images
+    "The normalised mean feature of every class."
+    kept = label >= 0
+    total = feature.new_zeros(n_classes, feature.shape[1])
+    return nn.functional.normalize(total.index_add_(0, label[kept], feature[kept]))
