@@ -7,7 +7,7 @@ __all__ = ['PALETTES', 'PATTERNS', 'BAGS', 'CLOTHES', 'FAR', 'NEAR', 'DIM', 'STY
            'DomainStyle', 'check_style', 'sample_bodies', 'sample_heads', 'Pattern', 'sample_patterns', 'sample_uppers',
            'sample_lowers', 'sample_bags', 'dress_alike', 'sample_people', 'sample_cameras', 'blotches', 'each', 'tint',
            'mix', 'greys', 'paving', 'walls', 'bicycle', 'add_clutter', 'sample_scenes', 'roster', 'sample_views',
-           'take', 'Limb', 'wide', 'Canvas', 'capsule', 'rounded', 'moved', 'project', 'pose_leg', 'pose_arm', 'pose',
+           'take', 'Limb', 'wide', 'Canvas', 'moved', 'capsule', 'rounded', 'project', 'pose_leg', 'pose_arm', 'pose',
            'draw_leg', 'draw_arm', 'body_angle', 'cloth', 'chest', 'trunk', 'folds', 'draw_torso', 'draw_skirt',
            'paint_bag', 'draw_backpack', 'draw_satchel', 'draw_handbag', 'draw_head', 'painters', 'draw_person', 'cut',
            'add_bystanders', 'background', 'draw_shadow', 'draw_post', 'film', 'Domain', 'draw', 'draw_domain',
@@ -388,15 +388,20 @@ class Canvas:
         part = self.image[:, :, rows]
         part += cover[:, None] * (colour - part)
 
-# %% ../nbs/10_world.ipynb #3ae5507c
+# %% ../nbs/10_world.ipynb #a8430c65
+def moved(p: Tensor, x=0., y=0.) -> Tensor:
+    "Points (B, 2) moved by `x` and `y`, numbers or (B,)."
+    return torch.stack((p[:, 0] + x, p[:, 1] + y), 1)
+
 def capsule(c: Canvas,
             a: Tensor, b: Tensor, # (B, 2), where the limb begins and ends
             ra, rb                # (B,) or numbers: its radius there
            ) -> Limb:
     "A limb from `a` to `b`."
     rows = c.rows(torch.minimum(a[:, 1] - ra, b[:, 1] - rb), torch.maximum(a[:, 1] + ra, b[:, 1] + rb))
-    length = (b - a).norm(dim=1).clamp(min=1e-3)
-    ux, uy = (each(k) for k in ((b - a) / length[:, None]).unbind(1))
+    reach = moved(b - a, y=-1e-6)                               # where both ends are one point there is a direction still
+    length = reach.norm(dim=1)
+    ux, uy = (each(k) for k in (reach / length[:, None]).unbind(1))
     px, py = c.x - each(a[:, 0]), c.y[:, rows] - each(a[:, 1])
     over, beside = px * ux + py * uy, px * uy - py * ux         # the pixel in the limb's own frame
     along = (over / each(length)).clamp(0, 1)
@@ -405,14 +410,10 @@ def capsule(c: Canvas,
     leftwards = torch.where(uy > 0, 1., -1.)
     return Limb(rows, c.cover(distance), (beside / radius * leftwards).clamp(-1, 1), along)
 
-# %% ../nbs/10_world.ipynb #d6e8a245
+# %% ../nbs/10_world.ipynb #17d317f0
 def rounded(across: Tensor, light: Tensor) -> Tensor:
     "Brightness (B, 1, h, W) of something round, lit from one side."
     return (1 + each(light) * across - .22 * across * across)[:, None]
-
-def moved(p: Tensor, x=0., y=0.) -> Tensor:
-    "Points (B, 2) moved by `x` and `y`, numbers or (B,)."
-    return torch.stack((p[:, 0] + x, p[:, 1] + y), 1)
 
 # %% ../nbs/10_world.ipynb #2b66028c
 FAR, NEAR = 0, 1     # which of two limbs
