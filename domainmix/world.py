@@ -13,10 +13,10 @@ __all__ = ['PALETTES', 'PATTERNS', 'BAGS', 'CLOTHES', 'FAR', 'NEAR', 'DIM', 'STY
            'add_bystanders', 'background', 'draw_shadow', 'draw_post', 'film', 'Domain', 'draw', 'draw_domain',
            'WorldConfig', 'draw_world', 'one_query_each', 'test_split', 'source_split', 'toy']
 
-# %% ../nbs/10_world.ipynb #ea1aab27
+# %% ../nbs/10_world.ipynb #e9369071
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -415,15 +415,14 @@ def rounded(across: Tensor, light: Tensor) -> Tensor:
     "Brightness (B, 1, h, W) of something round, lit from one side."
     return (1 + each(light) * across - .22 * across * across)[:, None]
 
-# %% ../nbs/10_world.ipynb #2b66028c
+# %% ../nbs/10_world.ipynb #7901d43c
 FAR, NEAR = 0, 1     # which of two limbs
 DIM = (.82, 1.)      # a far limb is darker
 
-def project(view: dict, cam: dict, side, forward, up) -> Tensor:
+def project(view: dict, side, forward, up) -> Tensor:
     "Body coordinates, numbers or (B,), to points of the picture (B, 2)."
-    sin, cos = torch.sin(view["azimuth"]), torch.cos(view["azimuth"])
-    x, depth = side * cos + forward * sin, forward * cos - side * sin
-    y = up * torch.cos(cam["elevation"]) - .5 * depth * torch.sin(cam["elevation"])
+    x, depth = side * view["cos"] + forward * view["sin"], forward * view["cos"] - side * view["sin"]
+    y = up * view["level"] - .5 * depth * view["tilt"]
     return torch.stack((x * view["scale"] + view["dx"], y * view["scale"] + .035 + view["dy"]), 1)
 
 def pose_leg(who: dict, view: dict, side: Tensor) -> dict:
@@ -444,22 +443,22 @@ def pose_arm(who: dict, view: dict, side: Tensor, bend) -> dict:
     return dict(shoulder=(x, 0., .80), elbow=(x + .03 * side, elbow_f, elbow_u),
                 hand=(x + .024 * side, elbow_f + .16 * torch.sin(fore), elbow_u - .16 * torch.cos(fore)))
 
-# %% ../nbs/10_world.ipynb #49902165
+# %% ../nbs/10_world.ipynb #f3e49e24
 def pose(who: dict,  # rows of the table of identities, one a picture
          view: dict, # rows of the table of views
          cam: dict   # rows of the table of cameras
         ) -> dict:   # (B, 2) a joint of the trunk, (B, 2, 2) a pair of joints, far and near; sin and cos of the azimuth
     "Where the joints are in the picture."
     sin, cos = torch.sin(view["azimuth"]), torch.cos(view["azimuth"])
+    view = view | dict(sin=sin, cos=cos, level=torch.cos(cam["elevation"]), tilt=torch.sin(cam["elevation"]))
     right = torch.where(sin > 0, -1., 1.)                     # the side that is nearer
     pairs = []
     for side, share in ((-right, .3), (right, 1.)):           # what is carried is carried by the near arm
         limbs = pose_leg(who, view, side) | pose_arm(who, view, side, view["bend"] + share * view["carry"])
-        pairs.append({name: project(view, cam, *p) for name, p in limbs.items()})
+        pairs.append({name: project(view, *place) for name, place in limbs.items()})
     joints = {name: torch.stack([pairs[FAR][name], pairs[NEAR][name]], 1) for name in pairs[0]}
-    trunk = lambda forward, up: project(view, cam, 0., forward, up)
-    return joints | dict(pelvis=trunk(0., .5 * who["leg"]), neck=moved(trunk(0., .84), view["lean"]),
-                         head=moved(trunk(.015, .915), 1.2 * view["lean"]), sin=sin, cos=cos)
+    return joints | dict(pelvis=project(view, 0., 0., .5 * who["leg"]), neck=moved(project(view, 0., 0., .84), view["lean"]),
+                         head=moved(project(view, 0., .015, .915), 1.2 * view["lean"]), sin=sin, cos=cos)
 
 # %% ../nbs/10_world.ipynb #5b830903
 def draw_leg(c: Canvas, j: dict, who: dict, view: dict, side: int) -> None:
@@ -606,21 +605,24 @@ def draw_head(c: Canvas, j: dict, who: dict, view: dict) -> None:
     colour = mix(mix(tint(who["skin"]), tint(who["hair"]), hair[:, None]), tint(who["hat_colour"]), hat[:, None])
     c.paint(egg.rows, egg.cover, colour * rounded(egg.across, light))
 
-# %% ../nbs/10_world.ipynb #17391a6f
-def painters(who: dict, view: dict, cam: dict) -> list[tuple[str, callable]]:
-    "The steps of drawing a person, from back to front: name, and a function of the canvas."
-    j = pose(who, view, cam)
+# %% ../nbs/10_world.ipynb #34dbedb7
+def painters(j: dict, who: dict, view: dict) -> dict[str, Callable[[Canvas], None]]:
+    "The steps of drawing a person, from back to front: what is painted, and what paints it."
     part = lambda draw, *order: lambda c: draw(c, j, who, view, *order)
-    return [("backpack", part(draw_backpack, False)), ("satchel", part(draw_satchel, False)), ("far arm", part(draw_arm, FAR)),
-            ("far leg", part(draw_leg, FAR)), ("near leg", part(draw_leg, NEAR)), ("skirt", part(draw_skirt)), ("torso", part(draw_torso)),
-            ("worn backpack", part(draw_backpack, True)), ("head", part(draw_head)), ("near arm", part(draw_arm, NEAR)),
-            ("handbag", part(draw_handbag)), ("worn satchel", part(draw_satchel, True))]
+    return {"backpack": part(draw_backpack, False), "satchel": part(draw_satchel, False), "far arm": part(draw_arm, FAR),
+            "far leg": part(draw_leg, FAR), "near leg": part(draw_leg, NEAR), "skirt": part(draw_skirt), "torso": part(draw_torso),
+            "backpack, worn": part(draw_backpack, True), "head": part(draw_head), "near arm": part(draw_arm, NEAR),
+            "handbag": part(draw_handbag), "satchel, worn": part(draw_satchel, True)}
 
-def draw_person(c: Canvas, who: dict, view: dict, cam: dict) -> None:
-    "One person on each picture; the tables have a row a picture."
-    for _, paint in painters(who, view, cam): paint(c)
+def draw_person(c: Canvas,  # painted on
+                j: dict,    # the joints, as `pose` gives them
+                who: dict,  # rows of the table of identities, one a picture
+                view: dict  # rows of the table of views
+               ) -> None:
+    "One person on each picture."
+    for paint in painters(j, who, view).values(): paint(c)
 
-# %% ../nbs/10_world.ipynb #b12585f0
+# %% ../nbs/10_world.ipynb #d1376996
 def cut(size: tuple[int, int], top: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     "Rows (B, H, 1) and columns (B, 1, W) of windows whose corners are `top` and `left` (B,)."
     H, W = size
@@ -644,11 +646,12 @@ def add_bystanders(scenes: Tensor,         # (cameras, scenes, 3, h, w), painted
     view |= dict(scale=view["scale"] * d.uniform(.55, .95), dy=view["dy"] + d.uniform(0, .35))
     rows, columns = cut(size, (d.uniform() * (h - size[0])).long(), (d.uniform() * (w - size[1])).long())
     who = take(others, (d.uniform() * 64).long())
+    joints = pose(who, view, take(cameras, camera))
     for k in range(int(turn.max()) + 1):
         i = (turn == k).nonzero()[:, 0]
         spot = (where[i, None, None], slice(None), rows[i], columns[i])
         c = Canvas(flat[spot].permute(0, 3, 1, 2).contiguous())
-        draw_person(c, take(who, i), take(view, i), take(cameras, camera[i]))
+        draw_person(c, take(joints, i), take(who, i), take(view, i))
         flat[spot] = c.image.permute(0, 2, 3, 1).clamp(0, 1)
 
 # %% ../nbs/10_world.ipynb #01c2e6d2
@@ -717,7 +720,7 @@ class Domain:
     @property
     def n_ids(self) -> int: return len(self.pid.unique())
 
-# %% ../nbs/10_world.ipynb #a5deac0b
+# %% ../nbs/10_world.ipynb #4c8b5f1d
 def draw(people: dict, cameras: dict, scenes: Tensor, views: dict, seen: dict, noise: Tensor,
          size: tuple[int, int] = (64, 32),  # rows and columns
          device: str | torch.device = "cpu",# where to draw
@@ -728,15 +731,17 @@ def draw(people: dict, cameras: dict, scenes: Tensor, views: dict, seen: dict, n
     device, n = torch.device(device), len(seen["person"])
     chunk = chunk or (32 if device.type == "cpu" else 1024)
     move = lambda table: {k: v.to(device) for k, v in table.items()}
-    people, cameras, views, seen, scenes, noise = *map(move, (people, cameras, views, seen)), scenes.to(device), noise.to(device)
+    person, camera = seen["person"].to(device), seen["camera"].to(device)
+    scenes, noise, views = scenes.to(device), noise.to(device), move(views)
+    who, cam = take(move(people), person), take(move(cameras), camera)
+    tables = views, who, cam, pose(who, views, cam)
     images = torch.empty(n, 3, *size, dtype=torch.uint8)
     for start in tqdm(range(0, n, chunk), progress, disable=not progress, leave=False):
         rows = slice(start, start + chunk)
-        camera, view = seen["camera"][rows], take(views, rows)
-        who, cam = take(people, seen["person"][rows]), take(cameras, camera)
-        c = Canvas(background(scenes, camera, view, size))
+        view, who, cam, joints = (take(t, rows) for t in tables)
+        c = Canvas(background(scenes, camera[rows], view, size))
         draw_shadow(c, view)
-        draw_person(c, who, view, cam)
+        draw_person(c, joints, who, view)
         draw_post(c, view)
         images[rows] = (film(c.image, view, cam, noise).clamp(0, 1) * 255).round().byte().cpu()
     return images
@@ -762,12 +767,12 @@ def draw_domain(style: DomainStyle,                 # what it is like
     images = draw(people, cameras, scenes, views, seen, noise, size, device, **kw)
     return Domain(images, seen["person"], seen["camera"], seen["tracklet"], seen["passer_by"], people, cameras, views)
 
-# %% ../nbs/10_world.ipynb #bc373832
+# %% ../nbs/10_world.ipynb #8091e7c5
 STYLES = dict(
     a=DomainStyle(),
     b=DomainStyle(ids=300, passers_by=.25, cameras=10, palette="everyday", look_alikes=.06, matching=.25, exposure=.18, cast=.06,
                   gamma=.15, blur=(-.3, .9), noise=.012, occluder=.12, crop=.04),
-    c=DomainStyle(ids=200, cameras=6, palette="summer", exposure=.15, cast=.05, gamma=.12, blur=(-.3, .9), noise=.012,
+    c=DomainStyle(ids=200, passers_by=.1, cameras=6, palette="summer", exposure=.15, cast=.05, gamma=.12, blur=(-.3, .9), noise=.012,
                   occluder=.1, crop=.04))
 
 @dataclass
