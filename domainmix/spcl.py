@@ -6,7 +6,7 @@
 __all__ = ['SpCLConfig', 'class_scores', 'rounds', 'remember', 'Memory', 'full_batch', 'real_sampler', 'adaptable', 'look_as',
            'group', 'regroup', 'Mixture', 'fill', 'epoch_line', 'contrast', 'run_key', 'adapt']
 
-# %% ../nbs/32_spcl.ipynb #dff0e6e9
+# %% ../nbs/32_spcl.ipynb #fd9c4364
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .backbone import DomainBatchNorm, ReIDNet, from_domain_bn, set_bn_domain, to_domain_bn, to_ghost_bn
 from .batches import AugmentConfig, PKSampler, TrainSet, augment
-from .core import DomainMixError, autocast, generator, pick_device, to_dict
+from .core import DomainMixError, autocast, from_dict, generator, pick_device, to_dict
 from .loop import Run, class_means, data_key, embed_images, lr_schedule, place, set_lr, take, weights_key
 from .neighbours import camera_centre
 from .pseudolabel import ClusterConfig, Clusters, alone, assign, cluster, label_quality
@@ -280,7 +280,7 @@ def run_key(net: ReIDNet, mix: Mixture, seed: int) -> dict:
     return dict(config=to_dict(mix.config), seed=seed, net=weights_key(net), real=real,
                 synthetic=None if a is None else data_key(a.images, a.label, a.camera))
 
-# %% ../nbs/32_spcl.ipynb #5f0256a5
+# %% ../nbs/32_spcl.ipynb #e6c18406
 def adapt(
     net: ReIDNet,                          # trained on the synthetic domain; a copy is adapted
     synthetic: TrainSet | None,            # labelled synthetic images; None: adapt without them
@@ -296,7 +296,7 @@ def adapt(
     truth: np.ndarray | None = None,       # (N,) true identities, to log how good the labels are; never used
 ) -> tuple[ReIDNet, Clusters, np.ndarray]: # the network, the last clusters, the features (N, D) float32
     "SpCL: from a network and a labelled domain to a network for, and clusters of, an unlabelled one."
-    device = pick_device(device)
+    device, config = pick_device(device), from_dict(type(config), to_dict(config))   # names a wrong setting
     mix = Mixture(synthetic if config.synthetic else None, real_images, real_camera, config, device)
     key = run_key(net, mix, seed)
     net = adaptable(net, config, mix.synthetic is not None).to(device, memory_format=torch.channels_last)

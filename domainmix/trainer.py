@@ -7,7 +7,7 @@ __all__ = ['DOMAIN_LOSSES', 'TrainConfig', 'DomainConfig', 'discriminates', 'pla
            'Classifying', 'Players', 'adam', 'Reverse', 'backbone_loss', 'accuracy', 'discriminator_loss', 'Trained',
            'run_key', 'finished', 'train', 'train_invariant']
 
-# %% ../nbs/40_trainer.ipynb #a852cf27
+# %% ../nbs/40_trainer.ipynb #198e1939
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .backbone import ReIDNet
 from .batches import AugmentConfig, PKSampler, TrainSet, augment
-from .core import DomainMixError, autocast, fingerprint, generator, pick_device, to_dict
+from .core import DomainMixError, autocast, fingerprint, from_dict, generator, pick_device, to_dict
 from .discriminator import Discriminator
 from .loop import Run, averaged, class_means, data_key, embed_images, lr_schedule, place, set_lr, take, weights_key
 from .losses import discrimination_loss, domain_balance_loss, id_loss, kl_uniform_loss, triplet_loss
@@ -287,7 +287,7 @@ def finished(players: Players, history: list[dict]) -> Trained:
     best = (players.average.module if players.average else players.model).eval()
     return Trained(best.net, best.classifier.weight.detach().cpu(), players.discriminator and players.discriminator.eval(), history)
 
-# %% ../nbs/40_trainer.ipynb #c43749d5
+# %% ../nbs/40_trainer.ipynb #fc35f2d0
 def train(
     net: ReIDNet,                          # to start from; a copy is trained
     data: TrainSet,                        # the union of the domains; images labelled -1 are left out
@@ -301,7 +301,7 @@ def train(
     classifier: Tensor | None = None,      # (n_classes, D) of the stage before; None: a new one
 ) -> Trained:
     "Train a backbone and its classifier, and a discriminator in turn with them."
-    device = pick_device(device)
+    device, config = pick_device(device), from_dict(type(config), to_dict(config))   # names a wrong setting
     steps = plan(config)
     epochs = np.unique(steps.epoch)
     feed = Feed(data, config, seed, stage, device)
