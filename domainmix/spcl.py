@@ -46,8 +46,8 @@ class SpCLConfig:
     domain_bn: bool = True               # a batch norm for each domain; the real one is the result
     samples_per_bn: int | None = 16      # images that a batch norm sees at once; None: all
     camera_centre: bool = False          # cluster features without their camera's mean, where cameras are known
-    refresh: bool = False                # fill the memory anew from the network every epoch, not in the first alone
-    flip: bool = False                   # features outside training: average of an image and its mirror image
+    refresh: bool = False                # fill the real rows anew from the network every epoch, not in the first alone
+    flip: bool = False                   # features to cluster: average of an image and its mirror image
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
@@ -237,14 +237,14 @@ class Mixture:
     def embed(self, net: nn.Module, images: Tensor, domain: int) -> Tensor:
         "Features of images of one domain."
         look_as(net, domain)
-        return embed_images(net, images, self.device, flip=self.config.flip, precision=self.config.precision)
+        return embed_images(net, images, self.device, flip=self.config.flip and domain > 0, precision=self.config.precision)
 
 # %% ../nbs/32_spcl.ipynb #ce8e16d9
 @torch.no_grad()
-def fill(memory: Memory, net: nn.Module, mix: Mixture) -> None:
+def fill(memory: Memory, net: nn.Module, mix: Mixture, synthetic: bool = True) -> None:
     "Synthetic rows: normalised class means. Real rows: the features themselves."
     memory.real.copy_(mix.embed(net, mix.images[-1], 1))
-    if mix.synthetic is not None:
+    if synthetic and mix.synthetic is not None:
         label = mix.synthetic.label.to(mix.device)
         memory.rows[:mix.n_synthetic] = class_means(mix.embed(net, mix.images[0], 0), label, mix.n_synthetic)
 
@@ -305,7 +305,7 @@ def adapt(
     lr = lr_schedule(config.lr, config.epochs, config.iterations, config.schedule, config.milestones, warmup=config.warmup)
     with Run(stage, config.epochs, lr.size, key, dict(net=net, memory=memory, optimiser=optimiser), folder, log, device) as run:
         for epoch in run:
-            if epoch == 0 or config.refresh: fill(memory, net, mix)
+            if epoch == 0 or config.refresh: fill(memory, net, mix, synthetic=epoch == 0)
             regroup(memory, memory.real, mix.camera, config)
             batches = mix.batches(memory.label.cpu().numpy(), generator(seed, stage, epoch), generator(seed, stage, epoch, "augment", device=device))
             contrast(net, memory, mix, optimiser, lr[epoch], batches, run)

@@ -43,7 +43,7 @@ class TrainConfig:
     smoothing: float = 0.                # label smoothing of the identity loss
     temperature: float = 1.              # of the identity loss
     margin: float | None = None          # of the triplet loss; None: its soft form
-    init_classifier: Literal["random", "means"] = "random"  # 'means': pseudo classes' rows start at their mean features
+    init_classifier: Literal["random", "pseudo", "means"] = "random"  # rows that start at mean features: none, the pseudo classes', all
     ema: float = 0.                      # decay of an average of the weights, which is then the result; 0: off
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -133,10 +133,11 @@ def first_classifier(
 ) -> Tensor:               # (n_classes, D)
     "Rows to start the classifier from."
     rows = torch.randn(data.n_classes, net.feature_dim, generator=rng).mul_(1e-3).to(device)
-    if config.init_classifier == "means":
-        real = data.label[(data.domain > 0) & (data.label >= 0)].unique().to(device)
-        rows[real] = mean_features(net, data, device, config.precision)[real]
-    return rows
+    if config.init_classifier == "random": return rows
+    means = mean_features(net, data, device, config.precision)
+    if config.init_classifier == "means": return means
+    real = data.label[(data.domain > 0) & (data.label >= 0)].unique().to(device)
+    return rows.index_copy(0, real, means[real])
 
 # %% ../nbs/40_trainer.ipynb #dcf423f5
 class Classifying(nn.Module):
