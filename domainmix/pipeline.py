@@ -7,10 +7,10 @@ __all__ = ['PAPER', 'SMALL', 'PRESETS', 'METHODS', 'TABLE', 'TINY', 'WORLD', 'N_
            'PAIRS', 'DEMO', 'DEMO_SEEDS', 'RunConfig', 'one_of', 'configure', 'Method', 'checked', 'Stage', 'cached',
            'locked', 'Part', 'Inputs', 'decode', 'open_set', 'split_target', 'usable', 'whole', 'read_inputs',
            'keep_net', 'load_net', 'fresh_net', 'stage0', 'stage1', 'refined', 'choose_labels', 'mixture', 'stage2',
-           'stage3', 'ranking', 'probing', 'plan', 'weights_key', 'evaluations', 'planned', 'progress', 'differences',
-           'claim', 'label_statistics', 'scores', 'metrics', 'load_config', 'describe', 'run', 'run_folder',
-           'result_text', 'labels_text', 'label', 'find_net', 'open_net', 'world_of', 'evaluate_model', 'embed',
-           'quoted', 'row', 'table', 'cell', 'table_text', 'gains_text', 'demo', 'value', 'report_errors', 'main']
+           'stage3', 'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned', 'progress', 'claim',
+           'label_statistics', 'scores', 'metrics', 'load_config', 'describe', 'run', 'run_folder', 'result_text',
+           'labels_text', 'label', 'find_net', 'open_net', 'world_of', 'evaluate_model', 'embed', 'quoted', 'row',
+           'table', 'cell', 'table_text', 'gains_text', 'demo', 'value', 'report_errors', 'main']
 
 # %% ../nbs/60_pipeline.ipynb #016bb67f
 import argparse, contextlib, difflib, json, os, shutil, sys, time, warnings
@@ -21,14 +21,15 @@ from typing import Any, Callable, Literal
 import numpy as np, torch
 from tqdm.auto import tqdm
 
-# %% ../nbs/60_pipeline.ipynb #bd638a0f
+# %% ../nbs/60_pipeline.ipynb #8ef20937
 from . import __version__
 from .core import (DomainMixError, Log, about_weights, fingerprint, from_dict, generator, load_arrays, load_json,
-                            load_weights, pick_device, save_arrays, save_json, save_weights, to_dict, with_overrides, write_atomic)
+                            load_weights, pick_device, plain, save_json, save_weights, to_dict, with_overrides, write_atomic)
 from .world import WorldConfig
 from .data import DataSet, Records, read_dataset, write_world
 from .batches import TrainSet, load_images, train_set, union
 from .backbone import BackboneConfig, ReIDNet, build_backbone, load_backbone
+from .loop import differences
 from .pseudolabel import PseudoLabels, alone, label_quality, load_labels, pseudo_labels, refine, save_labels
 from .spcl import SpCLConfig, adapt
 from .trainer import DomainConfig, TrainConfig, train, train_invariant
@@ -65,13 +66,17 @@ class RunConfig:
     stage3: DomainConfig = field(default_factory=DomainConfig)       # stage 3: against the domain discriminator
     world: WorldConfig = field(default_factory=WorldConfig)          # the embedded world, where a set is called world
 
-# %% ../nbs/60_pipeline.ipynb #582e0024
+# %% ../nbs/60_pipeline.ipynb #9b942d43
 PAPER = {"height": 256, "width": 128, "world": {"height": 256, "width": 128}, "net": {"weights": "imagenet", "stripes": 1}}
 SMALL = {
-    "pretrain": {"epochs": 10, "iterations": 100, "lr": 2e-3, "schedule": "cosine"},
-    "spcl": {"epochs": 6, "iterations": 60, "samples_per_bn": None, "outliers": "negative", "camera_centre": True, "flip": True},
-    "stage2": {"epochs": 4, "iterations": 100, "lr": 1.5e-3, "schedule": "cosine", "balance": "domain"},
-    "stage3": {"epochs": 10, "iterations": 50, "lr": 3e-4, "disc_lr": 3e-3, "balance": "domain"},
+    "net": {"width": 24, "stripes": 8}, "start": "stage1",
+    "pretrain": {"epochs": 9, "iterations": 100, "lr": 2e-3, "schedule": "cosine", "warmup": 0.5, "ema": 0.99},
+    "spcl": {"epochs": 4, "iterations": 60, "lr": 5e-4, "schedule": "cosine", "domain_bn": False, "samples_per_bn": None,
+             "outliers": "negative", "camera_centre": True, "flip": True, "refresh": True, "cluster": {"eps": 0.55}},
+    "stage2": {"epochs": 4, "iterations": 100, "lr": 1e-3, "schedule": "cosine", "balance": "domain", "lambda_id": 1.0,
+               "init_classifier": "means", "warmup": 0.3, "ema": 0.99},
+    "stage3": {"epochs": 8, "iterations": 40, "lr": 3e-4, "disc_lr": 3e-3, "schedule": "cosine", "balance": "domain",
+               "lambda_id": 1.0, "ema": 0.99},
 }
 PRESETS = {
     "small": SMALL,
@@ -422,7 +427,7 @@ def probing(inputs: Inputs, net: ReIDNet, seed: int = 0, flip: bool = False, dev
         features[name], pids[name] = extract(net, p.images[some], device=pick_device(device), flip=flip), p.records.pid[some.numpy()]
     return domain_probe(features, pids, seed)
 
-# %% ../nbs/60_pipeline.ipynb #f052b40a
+# %% ../nbs/60_pipeline.ipynb #dc092041
 def plan(config: RunConfig,     # checked
          inputs: Inputs,        # what was read
          store: str | Path,     # the folder that holds the stages
@@ -436,7 +441,7 @@ def plan(config: RunConfig,     # checked
         log = Log(Path(store)/"log.jsonl", run=name, seed=config.seed)
         stages[kind] = Stage(name, Path(store)/name, {**common, **settings}, lambda f: make(f, log), after)
         return stages[kind]
-    first = step("stage0", lambda f, log: stage0(config, inputs, f, log), net=config.net, weights=weights_key(config),
+    first = step("stage0", lambda f, log: stage0(config, inputs, f, log), net=config.net, weights=start_key(config),
                  pretrain=config.pretrain if config.net.weights == "none" else None)
     labels, before = None, (first,)
     if m.labels in ("initial", "refined") or (config.start == "stage1" and m.labels != "none"):
@@ -457,8 +462,8 @@ def _mixed(config, inputs, step, stages, before, labels, b):
                     variant=f"{m.labels}-{m.loss}", stage3=config.stage3, labels=m.labels, **b)
     return list(stages.values())
 
-# %% ../nbs/60_pipeline.ipynb #8434832e
-def weights_key(config: RunConfig) -> str | None:
+# %% ../nbs/60_pipeline.ipynb #1507402d
+def start_key(config: RunConfig) -> str | None:
     "What pre-trained weights are: their name, or the fingerprint of their file."
     w = config.net.weights
     return fingerprint(Path(w).read_bytes()) if Path(w).is_file() else w
@@ -503,14 +508,7 @@ def progress(stages: list[Stage], # all that is to be done; one folder may come 
             return worked
         yield do
 
-# %% ../nbs/60_pipeline.ipynb #6864ed29
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    "Where two nested dicts differ, in words."
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(dict.fromkeys([*old, *new]))
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{name}.{k}" if name else k)]
-    return [] if old == new else [f"{name}: {old!r} there, {new!r} now"]
-
+# %% ../nbs/60_pipeline.ipynb #a9d5b38f
 APART = ("run", "data", "device", "version", "update", "fresh")  # settings that change no result
 
 def claim(home: Path,             # the run's folder
@@ -528,7 +526,8 @@ def claim(home: Path,             # the run's folder
     stale = [s.name for s in stages if s.found()[0] not in (None, s.key)]
     if stale and not update:
         old = load_json(home/"config.json")
-        changed = [d for k in {**old, **about} if k not in APART for d in differences(old.get(k), about.get(k), k)]
+        apart = lambda config: {k: v for k, v in config.items() if k not in APART}
+        changed = differences(apart(old), apart(plain(about)))
         kept = [s.name for s in stages if s.done and "/" not in s.name]
         raise DomainMixError(f"{home} holds a run of another configuration:\n     " + "\n     ".join(changed or ["(the code of its stages)"])
             + f"\n  its {', '.join(s for s in stale if '/' not in s) or 'scores'} would be done again"
@@ -763,8 +762,11 @@ def gains_text(rows: list[dict], key: str = "mAP") -> str:
         lines.append(f"  {METHODS[one].title} - {METHODS[other].title}: {100*d.mean():+.1f}{spread} ({(d > 0).sum()} of {len(d)} seeds)")
     return "\n".join([f"{COLUMNS.get(key, key)}, differences within a seed:", *lines]) if lines else ""
 
-# %% ../nbs/60_pipeline.ipynb #4c454030
-DEMO = {"run": "demo", "real": "world", "target": "world"}
+# %% ../nbs/60_pipeline.ipynb #100506b9
+DEMO = {
+    "run": "demo", "real": "world", "target": "world", "world": {"a": {"ids": 400}}, "net": {"width": 16},
+    "pretrain": {"epochs": 5}, "spcl": {"epochs": 3, "iterations": 40}, "stage2": {"epochs": 2}, "stage3": {"epochs": 6, "iterations": 30},
+}
 DEMO_SEEDS = 2
 
 def demo(seeds: int = DEMO_SEEDS,        # repetitions
