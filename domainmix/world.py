@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .core import DomainMixError, generator
 
-# %% ../nbs/10_world.ipynb #bdace7b6
+# %% ../nbs/10_world.ipynb #4c9d789e
 class Dice:
     "Throws for `n` things at once, from one random stream."
     def __init__(self,
@@ -39,6 +39,8 @@ class Dice:
     def uniform(self, low=0., high=1.) -> Tensor: return low + (high - low) * torch.rand(self.n, generator=self.g)
 
     def chance(self, p: float) -> Tensor: return (torch.rand(self.n, generator=self.g) < p).float()
+
+    def count(self, low: int, high: int) -> Tensor: return torch.randint(low, high + 1, (self.n,), generator=self.g)
 
     def choose(self, weights) -> Tensor:
         return torch.multinomial(torch.tensor(weights, dtype=torch.float), self.n, replacement=True, generator=self.g)
@@ -104,7 +106,7 @@ class DomainStyle:
     occluder: float = .08                       # share of tracklets behind a post
     crop: float = .03                           # sd of the errors of bounding boxes, in heights
 
-# %% ../nbs/10_world.ipynb #b9ef7428
+# %% ../nbs/10_world.ipynb #271f3578
 def check_style(style: DomainStyle,             # what to draw
                 size: tuple[int, int] = (64, 32) # rows and columns of a picture
                ) -> None:
@@ -124,7 +126,8 @@ def check_style(style: DomainStyle,             # what to draw
         need(0 <= getattr(style, name) <= 1, f"{name} is {getattr(style, name)}", "it is a share: give 0 to 1")
     for name in ("exposure", "cast", "gamma", "noise", "vignette", "light", "crop"):
         need(getattr(style, name) >= 0, f"{name} is {getattr(style, name)}", "give 0 or more")
-    need(size[0] >= 16 and size[1] >= 8, f"pictures of {size[0]} x {size[1]} pixels are too small for a person", "16 rows and 8 columns is the least")
+    need(size[0] >= 16 and size[1] >= 8, f"pictures of {size[0]} x {size[1]} pixels are too small for a person",
+         "16 rows and 8 columns is the least")
 
 # %% ../nbs/10_world.ipynb #3796f62d
 def sample_bodies(d: Dice,      # one throw a person
@@ -314,19 +317,18 @@ def sample_scenes(cameras: int,          # how many
     shade = (blotches(d, h, w, 3) > each(d.uniform(.2, 1.5))) * each(d.uniform(0, .4))
     return (scene * (1 - shade[:, None])).clamp(0, 1).unflatten(0, (cameras, style.scenes))
 
-# %% ../nbs/10_world.ipynb #b301633a
+# %% ../nbs/10_world.ipynb #12506f95
 def roster(style: DomainStyle, # how many cameras an identity, how many pictures a camera
            g: torch.Generator  # random stream
           ) -> dict:           # columns person, camera, tracklet, passer_by; one row a picture
     "Who is seen by which camera, and how often."
     d = Dice(style.ids, g)
-    whole = lambda low, high: (low + (high - low + 1) * d.uniform()).long().clamp(max=high)
     passer = d.chance(style.passers_by) > 0
-    n_cameras = torch.where(passer, 1, whole(*style.cameras_per_id))
-    place = torch.rand(style.ids, style.cameras, generator=g).argsort(1).argsort(1)   # each row a permutation of cameras
+    n_cameras = torch.where(passer, 1, d.count(*style.cameras_per_id))
+    place = torch.rand(style.ids, style.cameras, generator=g).argsort(1).argsort(1)   # each row a permutation of the cameras
     person, camera = (place < n_cameras[:, None]).nonzero().unbind(1)
-    d = Dice(len(person), g)                                                          # from here on, one throw a tracklet
-    times = torch.where(passer[person], whole(1, 3), whole(*style.images_per_camera))
+    t = Dice(len(person), g)                                                          # one throw a tracklet
+    times = torch.where(passer[person], t.count(1, 3), t.count(*style.images_per_camera))
     track = torch.arange(len(person)).repeat_interleave(times)
     return dict(person=person[track], camera=camera[track], tracklet=track, passer_by=passer[person][track])
 
@@ -622,7 +624,7 @@ def draw_person(c: Canvas,  # painted on
     "One person on each picture."
     for paint in painters(j, who, view).values(): paint(c)
 
-# %% ../nbs/10_world.ipynb #d1376996
+# %% ../nbs/10_world.ipynb #46e3dec7
 def cut(size: tuple[int, int], top: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     "Rows (B, H, 1) and columns (B, 1, W) of windows whose corners are `top` and `left` (B,)."
     H, W = size
@@ -639,13 +641,13 @@ def add_bystanders(scenes: Tensor,         # (cameras, scenes, 3, h, w), painted
     h, w = flat.shape[2:]
     d = Dice(round(3 * style.bystanders * len(flat)), g)
     if not d.n: return
-    where = (d.uniform() * len(flat)).long().clamp(max=len(flat) - 1).sort().values
+    where = d.count(0, len(flat) - 1).sort().values
     turn = torch.arange(d.n) - torch.searchsorted(where, where)      # the first in its scene, the second, ...
     camera = where // scenes.shape[1]
     view = sample_views(dict(camera=camera, tracklet=torch.arange(d.n)), cameras, style, g)
     view |= dict(scale=view["scale"] * d.uniform(.55, .95), dy=view["dy"] + d.uniform(0, .35))
-    rows, columns = cut(size, (d.uniform() * (h - size[0])).long(), (d.uniform() * (w - size[1])).long())
-    who = take(others, (d.uniform() * 64).long())
+    rows, columns = cut(size, d.count(0, h - size[0]), d.count(0, w - size[1]))
+    who = take(others, d.count(0, 63))
     joints = pose(who, view, take(cameras, camera))
     for k in range(int(turn.max()) + 1):
         i = (turn == k).nonzero()[:, 0]
