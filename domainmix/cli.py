@@ -149,7 +149,7 @@ def drawn_pictures(config: RunConfig, n: int = 4) -> dict:
 def write_report(folder: str | Path # of a table
                 ) -> str:
     "Write report.html beside table.json; gives its path, or why there is none."
-    try: from domainmix.viz import loss_curves, method_table, pipeline_diagram, report
+    try: from domainmix.viz import label_curves, loss_curves, method_table, pipeline_diagram, report
     except ImportError: return "(no report.html: it needs matplotlib, pip install matplotlib)"
     folder = Path(folder)
     (config, more), rows = load_config(folder/"config.json"), report_rows(load_json(folder/"table.json"))
@@ -159,7 +159,8 @@ def write_report(folder: str | Path # of a table
         if any(r.get(metric) is not None for r in rows): figures[metric] = (method_table(rows, metric), words)
     log = folder/f"seed{more['seeds'][0]}"/"log.jsonl"
     if log.is_file():
-        lines = [{**line, "stage": line["run"]} for line in load_jsonl(log) if line.get("run") in REPORT_RUNS]
+        lines = [line for line in load_jsonl(log) if line.get("run") in REPORT_RUNS]
+        if any("purity" in line for line in lines): figures["labels"] = (label_curves(lines), "Labels of B against its true identities, which are used for nothing else.")
         figures["losses"] = (loss_curves(lines), f"Losses of seed {more['seeds'][0]}, an epoch a point.")
     notes = [f"A: {config.synthetic}, B: {config.real}, C: {config.target}; {len(more['seeds'])} seeds; backbone {config.backbone}, {config.height} x {config.width}."]
     return str(report(folder/"report.html", f"domainmix: {folder.name}", rows, figures, config, notes))
@@ -192,7 +193,7 @@ def defaults(kind: type,       # the dataclass of a command
     if not issubclass(kind, RunConfig): return None
     backbone, file = early(argv, "backbone"), early(argv, "config")
     config, more = load_config(file) if file else (configure(preset, {"backbone": backbone} if backbone else {}), {})
-    extra = {"seeds": DEMO_SEEDS} if preset is DEMO else {}
+    extra = {"seeds": DEMO_SEEDS, "update": True} if preset is DEMO else {}  # an older demo gives way
     if issubclass(kind, Table) and "methods" in more: extra = {"methods": tuple(more["methods"]), "seeds": len(more["seeds"])}
     return kind(**{k: getattr(config, k) for k in RunConfig.__dataclass_fields__}, config=file, **extra)
 

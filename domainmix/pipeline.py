@@ -765,16 +765,18 @@ def gains_text(rows: list[dict], key: str = "mAP") -> str:
 # %% ../nbs/60_pipeline.ipynb #100506b9
 DEMO = {
     "run": "demo", "real": "world", "target": "world", "world": {"a": {"ids": 400}}, "net": {"width": 16},
-    "pretrain": {"epochs": 5}, "spcl": {"epochs": 3, "iterations": 40}, "stage2": {"epochs": 2}, "stage3": {"epochs": 6, "iterations": 30},
+    "pretrain": {"epochs": 4}, "spcl": {"epochs": 3, "iterations": 30}, "stage2": {"epochs": 2, "iterations": 75},
+    "stage3": {"epochs": 6, "iterations": 20},
 }
 DEMO_SEEDS = 2
 
 def demo(seeds: int = DEMO_SEEDS,        # repetitions
          changes: dict | None = None,    # settings to change
+         update: bool = True,            # an older demo with other settings gives way
          **kw: Any                       # what `table` takes
         ) -> list[dict]:
     "Every method on the embedded world, A and B to train on, C to be tested on."
-    return table(configure(DEMO, changes or {}), TABLE, tuple(range(seeds)), **kw)
+    return table(configure(DEMO, changes or {}), TABLE, tuple(range(seeds)), update, **kw)
 
 # %% ../nbs/60_pipeline.ipynb #a971cb35
 def value(text: str) -> Any:

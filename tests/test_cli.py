@@ -1,0 +1,472 @@
+"""The command from end to end: whole runs, every mistake that a person makes, kills and what comes after.
+
+Every command runs in a process of its own. To spare the seconds that importing torch takes, these are
+forked from one process that has imported everything and done nothing.
+"""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from domainmix.core import load_json, load_jsonl, save_json, save_weights
+from domainmix.data import write_market1501, write_msmt17, write_randperson
+from domainmix.world import toy
+
+STAGES = {"epochs": 2, "iterations": 4, "p": 4, "k": 2}
+TINY = {
+    "height": 32, "width": 16, "all_stages": False, "net.width": 8, "net.stripes": 2, "lower": 2, "spcl.cluster.k1": 5,
+    **{f"{stage}.{k}": v for stage in ("pretrain", "spcl", "stage2", "stage3") for k, v in STAGES.items()},
+}
+FIRST = ["--run", "first", "--all-stages"]
+SCORES = ("mAP", "rank1", "rank5", "rank10", "mAP_trapezoid", "domain_probe")
+
+FORKS = r"""
+import json, os, sys, traceback
+import torch, tyro, sklearn, scipy.sparse.csgraph
+import domainmix.cli, domainmix.viz, matplotlib.figure
+torch.set_num_threads(1)
+domainmix.cli.parse(["run"])
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.chdir(job["cwd"])
+            for name, fd in (("out", 1), ("err", 2)): os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            code = domainmix.cli.main(job["argv"])
+        except SystemExit as e: code = e.code if isinstance(e.code, int) else 1
+        except BaseException: traceback.print_exc()
+        finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Said:
+    "Exit code, standard output and standard error of a command."
+    def __init__(self, code, out, err): self.code, self.out, self.err = code, out, err
+    def __repr__(self): return f"exit code {self.code}\n--- out\n{self.out}\n--- err\n{self.err}"
+
+
+class Terminal:
+    "Runs `domainmix` commands in a folder."
+    def __init__(self):
+        env = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TQDM_MININTERVAL="5")
+        self.process = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.cwd = None
+
+    def __call__(self, *argv, strike=None, how=signal.SIGKILL):
+        "Run a command; `strike`, if given, is asked every few milliseconds whether the process is to get the signal `how`."
+        names = {"out": str(self.cwd / ".out"), "err": str(self.cwd / ".err")}
+        job = {"argv": [str(a) for a in argv], "cwd": str(self.cwd), **names}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        if strike is not None:
+            alive = lambda: Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+            while alive() and not strike(): time.sleep(.003)
+            try: os.kill(pid, how)
+            except ProcessLookupError: pass
+        code = int(self.process.stdout.readline())
+        return Said(code, *(Path(names[n]).read_text(errors="replace") for n in ("out", "err")))
+
+    def close(self):
+        self.process.stdin.close()
+        try: self.process.wait(60)
+        except subprocess.TimeoutExpired: self.process.kill()
+
+
+@pytest.fixture(scope="module")
+def forks():
+    terminal = Terminal()
+    yield terminal
+    terminal.close()
+
+
+@pytest.fixture
+def domainmix(forks, tmp_path):
+    forks.cwd = tmp_path
+    return forks
+
+
+def picture_folder(root, n_ids, per_id, cameras, seed, name="{pid:03d}_c{camera}_{i}.png"):
+    "Drawn people as plain files."
+    root.mkdir(parents=True)
+    for i, (image, pid, camera) in enumerate(zip(*toy(n_ids, per_id, cameras, seed=seed))):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / name.format(pid=int(pid), camera=int(camera) + 1, i=i))
+    return root
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    "Small sets on disk: A and B to train on, C to be tested on, plain crops, and the settings of a run of a second."
+    root = tmp_path_factory.mktemp("sets")
+    write_randperson(root / "a", *toy(10, 4, 2))
+    write_msmt17(root / "b", *toy(10, 6, 2, seed=1), split=["train"] * 60)
+    images, pid, camera = toy(8, 4, 2, seed=2)
+    write_market1501(root / "c", images, pid + 1, camera, split=["query" if i % 4 < 2 else "gallery" for i in range(32)])
+    picture_folder(root / "crops", 10, 6, 2, 1)
+    save_json(root / "tiny.json", TINY)
+    return root
+
+
+@pytest.fixture
+def flags(sets):
+    "A complete run on the small sets."
+    return ["--config", sets / "tiny.json", "--synthetic", f"randperson:{sets/'a'}", "--real", f"msmt17:{sets/'b'}", "--target", f"market1501:{sets/'c'}"]
+
+
+def wrong(said, *words):
+    "The command refused, in words, and with a remedy."
+    assert said.code == 2, said
+    assert "Traceback" not in said.err and "error:" in said.err and "  -> " in said.err, said
+    for w in words: assert str(w) in said.err, (w, said)
+
+
+# ---- whole runs
+
+def test_the_installed_command_does_a_run(sets, tmp_path, flags):
+    command = Path(sys.executable).with_name("domainmix")
+    if not command.exists(): pytest.skip("the package is not installed")
+    argv = [str(a) for a in (command, "run", *flags, *FIRST)]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    home = tmp_path / "data/runs/first"
+    found = load_json(home / "metrics.json")
+    assert all(0 <= found[k] <= 1 for k in SCORES) and found["method"] == "domainmix-db"
+    assert set(found["stages"]) == {"stage0", "stage1", "stage2", "stage3"}
+    assert "rank-1" in done.stdout and "metrics.json" in done.stdout
+    for file in ("config.json", "log.jsonl", "stage1/labels.npz", "stage1/labels.csv", "stage1/features.npy", "stage1/model.safetensors",
+                 "stage2/model.safetensors", "stage3/model.safetensors"): assert (home / file).is_file(), file
+    about = load_json(home / "config.json")
+    assert about["seed"] == 0 and about["version"] and about["inputs"]["real"]["images"] == 60
+    assert {(r["run"], r["epoch"]) for r in load_jsonl(home / "log.jsonl")} == {(f"stage{s}", e) for s in range(4) for e in (1, 2)}
+    assert not list(home.rglob("*.part*")) and not list(home.rglob("last.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def finished(forks, sets, tmp_path_factory):
+    "A finished run, to be copied by tests that go on from one."
+    forks.cwd = tmp_path_factory.mktemp("finished")
+    said = forks("run", "--config", sets / "tiny.json", "--synthetic", f"randperson:{sets/'a'}", "--real", f"msmt17:{sets/'b'}",
+                 "--target", f"market1501:{sets/'c'}", "--run", "first", "--all-stages")
+    assert said.code == 0, said
+    return forks.cwd
+
+
+@pytest.fixture
+def after(domainmix, finished):
+    "The command in a folder with a finished run."
+    shutil.copytree(finished / "data", domainmix.cwd / "data")
+    return domainmix
+
+
+def seals(home):
+    return {str(p.parent.relative_to(home)): p.stat().st_mtime_ns for p in home.rglob("stage.json")}
+
+
+def test_a_finished_run_does_nothing_again(after, flags):
+    home = after.cwd / "data/runs/first"
+    before, result = seals(home), (home / "metrics.json").read_bytes()
+    assert after("run", *flags, *FIRST).code == 0
+    assert seals(home) == before and (home / "metrics.json").read_bytes() == result
+
+
+def test_another_configuration_is_refused_and_update_redoes_only_its_stages(after, flags):
+    home = after.cwd / "data/runs/first"
+    before, result = seals(home), (home / "metrics.json").read_bytes()
+    wrong(after("run", *flags, *FIRST, "--stage3.lambda-m", "5"), "data/runs/first", "stage3.lambda_m", "1.0", "5.0", "--update", "--fresh", "stage0, stage1, stage2 kept")
+    wrong(after("run", *flags, *FIRST, "--seed", "1"), "seed: 0 there, 1 here")
+    assert seals(home) == before and (home / "metrics.json").read_bytes() == result       # nothing lost
+    assert after("run", *flags, *FIRST, "--stage3.lambda-m", "5", "--update").code == 0
+    changed = {k for k, t in seals(home).items() if before[k] != t}
+    assert changed == {"stage3", "stage3/ranking", "stage3/probe"}
+    assert load_json(home / "config.json")["stage3"]["lambda_m"] == 5
+
+
+def test_bounds_of_eq_1_do_not_redo_stage_1(after, flags):
+    home = after.cwd / "data/runs/first"
+    before = seals(home)
+    assert after("run", *flags, *FIRST, "--lower", "1", "--update").code == 0
+    assert {k for k, t in seals(home).items() if before.get(k) == t} >= {"stage0", "stage1"}
+    assert before["stage1/refined"] != seals(home)["stage1/refined"]
+
+
+def test_fresh_starts_from_nothing(after, flags):
+    home = after.cwd / "data/runs/first"
+    before = seals(home)
+    assert after("run", *flags, *FIRST, "--seed", "1", "--fresh", "--method", "only-a").code == 0
+    assert not set(before.values()) & set(seals(home).values()) and not (home / "stage3").exists()
+
+
+def test_a_target_can_be_added_later(domainmix, flags):
+    assert domainmix("run", *flags[:-2], "--run", "late").code == 0
+    home = domainmix.cwd / "data/runs/late"
+    found, before = load_json(home / "metrics.json"), seals(home)
+    assert found["mAP"] is None and 0 <= found["domain_probe"] <= 1 and found["labels"]["clusters"] > 1
+    assert domainmix("run", *flags, "--run", "late").code == 0
+    assert load_json(home / "metrics.json")["mAP"] > 0 and seals(home).items() >= before.items()
+
+
+def test_table_report_and_shared_stages(domainmix, flags):
+    said = domainmix("table", *flags, "--run", "t", "--methods", "only-a", "directmix-initial", "directmix", "domainmix-kl", "--seeds", "2")
+    assert said.code == 0, said
+    home = domainmix.cwd / "data/runs/t"
+    rows = load_json(home / "table.json")
+    assert [(r["seed"], r["method"]) for r in rows][:2] == [(0, "only-a"), (0, "directmix-initial")] and len(rows) == 8
+    assert all(isinstance(r[k], float) and 0 <= r[k] <= 1 for r in rows for k in ("mAP", "rank1", "rank5", "rank10", "domain_probe"))
+    assert len(list(home.glob("seed*/stage1/stage.json"))) == 2 and len(list(home.glob("seed0/stage2-*"))) == 3
+    assert "DirectMix (refined)" in said.out and "±" in said.out and "2 seeds" in said.out
+    page = (home / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page) and "data:image/png;base64," in page
+    before = seals(home)
+    assert domainmix("table", *flags, "--run", "t", "--methods", "only-a", "directmix", "--seeds", "1").code == 0
+    assert seals(home) == before and len(load_json(home / "table.json")) == 2
+
+
+def test_plain_crops_without_any_labels_serve_as_real_set(domainmix, sets, flags):
+    said = domainmix("run", *flags, "--real", f"folder:{sets/'crops'}", "--run", "crops")
+    assert said.code == 0, said
+    assert load_json(domainmix.cwd / "data/runs/crops/config.json")["inputs"]["real"]["identities"] == 0
+
+
+def test_a_folder_with_a_pattern_serves_as_target(domainmix, sets, flags):
+    pattern = r"(?P<pid>\d+)_c(?P<camera>\d)"
+    said = domainmix("run", *flags, "--target", f"folder:{sets/'crops'}", "--target-pattern", pattern, "--method", "only-a", "--run", "crops")
+    assert said.code == 0, said
+    assert load_json(domainmix.cwd / "data/runs/crops/metrics.json")["queries"] == 20
+
+
+# ---- parts of a run
+
+def test_label_writes_a_table_and_run_goes_on_from_it(domainmix, flags):
+    said = domainmix("label", *flags, "--run", "l", "--out", "labels.csv")
+    assert said.code == 0 and "cluster sizes" in said.out and "left out" in said.out, said
+    lines = (domainmix.cwd / "labels.csv").read_text().splitlines()
+    assert len(lines) == 61 and lines[0].startswith("path,")
+    before = seals(domainmix.cwd / "data/runs/l")
+    assert domainmix("run", *flags, "--run", "l").code == 0
+    assert seals(domainmix.cwd / "data/runs/l").items() >= before.items()
+
+
+def test_evaluate_gives_what_the_run_measured(after, sets):
+    result = load_json(after.cwd / "data/runs/first/metrics.json")
+    for model in ("first", "data/runs/first", "data/runs/first/stage2", "data/runs/first/stage2/model.safetensors"):
+        said = after("evaluate", "--model", model, "--target", f"market1501:{sets/'c'}", "--out", "scores.json")
+        assert said.code == 0, said
+        expected = result["stages"]["stage2" if "stage2" in model else "stage3"]
+        assert load_json(after.cwd / "scores.json")["mAP"] == pytest.approx(expected["mAP"], abs=1e-6)
+
+
+def test_embed_writes_features_and_paths(after, sets):
+    assert after("embed", "--model", "first", "--images", f"folder:{sets/'crops'}", "--out", "f/features.npy").code == 0
+    features = np.load(after.cwd / "f/features.npy")
+    assert features.shape == (60, 128) and np.allclose(np.linalg.norm(features, axis=1), 1, atol=1e-4)
+    paths = (after.cwd / "f/features.csv").read_text().splitlines()
+    assert paths[0] == "path" and len(paths) == 61 and all(Path(p).is_file() for p in paths[1:])
+
+
+def test_world_writes_three_sets(domainmix):
+    small = [f"--world.{d}.{k}" for d in "abc" for k in ("ids=6", "cameras=2", "scenes=1", "passers-by=0")]
+    per = [t for d in "abc" for t in (f"--world.{d}.cameras-per-id", "2", "2")]
+    said = domainmix("world", "--out", "w", *small, *per, "--world.held-out", "0")
+    assert said.code == 0 and "randperson:" in said.out and "msmt17:" in said.out and "market1501:" in said.out, said
+    (domainmix.cwd / "full").mkdir()
+    (domainmix.cwd / "full/note.txt").touch()
+    wrong(domainmix("world", "--out", "full"), "full", "not empty")
+
+
+def test_headless_without_tyro(sets, tmp_path):
+    save_json(tmp_path / "run.json", {**TINY, "synthetic": f"randperson:{sets/'a'}", "target": f"market1501:{sets/'c'}", "method": "only-a", "run": "x"})
+    code = "import sys, runpy; sys.modules.update(tyro=None, matplotlib=None, nbdev=None, fastcore=None, IPython=None); " \
+           "sys.argv = ['pipeline', '--config', 'run.json', 'stage2.epochs=1']; runpy.run_module('domainmix.pipeline', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    assert load_json(tmp_path / "data/runs/x/metrics.json")["mAP"] > 0
+    assert load_json(tmp_path / "data/runs/x/config.json")["stage2"]["epochs"] == 1
+
+
+def test_help_is_readable(domainmix):
+    assert all(c in domainmix("--help").out for c in ("demo", "run", "table", "label", "evaluate", "embed", "world"))
+    for command in ("label", "evaluate", "world"):
+        said = domainmix(command, "--help")
+        assert said.code == 0 and "Traceback" not in said.err, said
+    assert all(f in domainmix("run", "--help").out for f in ("--synthetic", "--real", "--target", "--run", "--backbone", "--seed", "--skip-bad", "--stage2.epochs"))
+
+
+# ---- bad input
+
+def test_missing_folder(domainmix, flags):
+    for flag in ("--synthetic", "--real", "--target"):
+        wrong(domainmix("run", *flags, flag, "market1501:/no/such/folder" if flag != "--synthetic" else "randperson:/no/such/folder"), "/no/such/folder")
+    assert not (domainmix.cwd / "data/runs").exists()
+
+
+def test_wrong_layout_says_what_it_looks_like(domainmix, sets, flags):
+    wrong(domainmix("run", *flags, "--real", f"market1501:{sets/'b'}"), sets / "b", "msmt17")
+    wrong(domainmix("run", *flags, "--target", f"msmt17:{sets/'c'}"), sets / "c", "market1501")
+    wrong(domainmix("run", *flags, "--real", str(sets / "b")), "msmt17:")
+    wrong(domainmix("run", *flags, "--real", f"market:{sets/'c'}"), "market1501")
+
+
+def test_empty_split(domainmix, sets, flags):
+    shutil.copytree(sets / "c", domainmix.cwd / "c")
+    for file in (domainmix.cwd / "c/query").iterdir(): file.unlink()
+    wrong(domainmix("run", *flags, "--target", f"market1501:{domainmix.cwd/'c'}"), "query")
+    (domainmix.cwd / "none").mkdir()
+    wrong(domainmix("run", *flags, "--real", f"folder:{domainmix.cwd/'none'}"), "none")
+
+
+def test_unreadable_images_are_named_or_skipped_and_counted(domainmix, sets, flags):
+    crops = domainmix.cwd / "crops"
+    shutil.copytree(sets / "crops", crops)
+    names = sorted(p.name for p in crops.iterdir())
+    (crops / names[3]).write_bytes(b"")                                      # zero bytes
+    (crops / names[9]).write_bytes((crops / names[9]).read_bytes()[:200])      # truncated
+    (crops / names[20]).write_text("no picture at all")
+    argv = ("run", *flags, "--real", f"folder:{crops}", "--method", "directmix", "--run", "bad")
+    wrong(domainmix(*argv), names[3], names[9], names[20], "3 of 60", "skip")
+    said = domainmix(*argv, "--skip-bad")
+    assert said.code == 0 and "3 of real" in said.out and names[9] in said.err, said
+    assert load_json(domainmix.cwd / "data/runs/bad/metrics.json")["unreadable"]["real"] == 3
+
+
+def test_pattern_that_matches_nothing(domainmix, sets, flags):
+    wrong(domainmix("run", *flags, "--real", f"folder:{sets/'crops'}", "--pattern", r"(?P<pid>\d+)@(?P<camera>\d)"), "matches none of the 60", sets / "crops")
+    wrong(domainmix("run", *flags, "--pattern", r"(?P<pid>\d+)"), "folder:")
+    wrong(domainmix("run", *flags, "--target", f"folder:{sets/'crops'}"), "no identities", "--target-pattern")
+
+
+def test_one_identity_or_one_camera(domainmix, sets, flags):
+    pattern = r"(?P<pid>\d+)_c(?P<camera>\d)"
+    one = picture_folder(domainmix.cwd / "one", 1, 8, 2, 3)
+    view = picture_folder(domainmix.cwd / "view", 8, 4, 1, 3)
+    for flag in ("--synthetic", "--real", "--target"):
+        wrong(domainmix("run", *flags, flag, f"folder:{one}", "--pattern", pattern), "one identity", one)
+        wrong(domainmix("run", *flags, flag, f"folder:{view}", "--pattern", pattern), "one camera", view)
+
+
+def test_fewer_identities_than_the_batch_wants(domainmix, flags):
+    wrong(domainmix("run", *flags, "--run", "p", "--pretrain.p", "30"), "stage0", "30 identities", "10 have", "lower p")
+    wrong(domainmix("run", *flags, "--run", "q", "--method", "labelled", "--stage2.p", "30"), "stage2", "lower p")
+    assert (domainmix.cwd / "data/runs/q/stage0/model.safetensors").is_file()          # what was done is kept
+
+
+def test_no_clusters_or_everything_in_one(domainmix, sets, flags):
+    wrong(domainmix("label", *flags, "--run", "none", "--spcl.cluster.min-samples", "59"), "stage1", "no cluster", "eps")
+    same = domainmix.cwd / "same"
+    picture_folder(same, 1, 40, 1, 0)
+    image = next(same.iterdir()).read_bytes()
+    for file in same.iterdir(): file.write_bytes(image)
+    wrong(domainmix("label", *flags, "--run", "one", "--real", f"folder:{same}"), "stage1", "one cluster")
+    wrong(domainmix("label", *flags, "--run", "small", "--lower", "50"), "no label has 50 to 120 images", "--lower")
+
+
+def test_folders_that_are_no_runs_or_taken(after, flags):
+    (after.cwd / "data/runs/mine").mkdir()
+    (after.cwd / "data/runs/mine/thesis.txt").write_text("do not lose me")
+    wrong(after("run", *flags, "--run", "mine", "--fresh"), "data/runs/mine", "--run")
+    assert (after.cwd / "data/runs/mine/thesis.txt").exists()
+    wrong(after("run", *flags, "--run", "../mine"), "../mine", "plain name")
+
+
+def test_weights_of_another_architecture(after, sets, flags):
+    model = after.cwd / "data/runs/first/stage3/model.safetensors"
+    wrong(after("run", *flags, "--run", "w", "--net.weights", model, "--net.width", "16"), "model.safetensors", "does not fit", "the network has")
+    wrong(after("evaluate", "--model", model, "--target", f"market1501:{sets/'c'}", "--backbone", "resnet50"), "does not fit")
+    save_weights(after.cwd / "foreign.safetensors", {"x": torch.zeros(3)})
+    wrong(after("evaluate", "--model", "foreign.safetensors", "--target", f"market1501:{sets/'c'}"), "does not say which architecture", "--backbone")
+    (after.cwd / "broken.safetensors").write_bytes(model.read_bytes()[:1000])
+    wrong(after("evaluate", "--model", "broken.safetensors", "--target", f"market1501:{sets/'c'}"), "broken.safetensors", "damaged")
+    assert after("run", *flags, "--run", "fits", "--net.weights", model, "--method", "only-a").code == 0
+
+
+def test_loss_that_is_not_a_number(after, flags):
+    home = after.cwd / "data/runs/first"
+    good = (home / "stage2/model.safetensors").read_bytes()
+    said = after("run", *flags, *FIRST, "--stage3.lr", "1e30", "--update")
+    wrong(said, "stage3, epoch", "iteration", "learning rate")
+    assert (home / "stage2/model.safetensors").read_bytes() == good
+    assert after("run", *flags, *FIRST, "--update").code == 0
+
+
+def test_wrong_flags_and_names(domainmix, flags):
+    wrong(domainmix("rnu", *flags), "rnu", "run")
+    wrong(domainmix("run", *flags, "--method", "domainmix"), "domainmix-db")
+    wrong(domainmix("run", *flags, "--backbone", "resnet"), "resnet50")
+    wrong(domainmix("run", *flags[2:4]), "--real")
+    wrong(domainmix("run", "--config", "none.json"), "none.json")
+    wrong(domainmix("evaluate", "--model", "nothing", "--target", "world"), "nothing")
+    said = domainmix("run", *flags, "--stage2.epoch", "3")
+    assert said.code == 2 and "stage2.epochs" in said.out + said.err and "Traceback" not in said.err
+    if not torch.cuda.is_available(): wrong(domainmix("run", *flags, "--device", "cuda"), "--device cpu")
+
+
+# ---- kills
+
+LONG = [f"--{s}.{k}={v}" for s in ("pretrain", "spcl", "stage2", "stage3") for k, v in (("epochs", 4), ("iterations", 4))]
+
+
+def lines(home, stage):
+    "Epochs that the log has of a stage."
+    log = home / "log.jsonl"
+    return sum(r["run"] == stage for r in load_jsonl(log)) if log.is_file() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(forks, sets, tmp_path_factory):
+    "The metrics of a run that nobody disturbs."
+    forks.cwd = tmp_path_factory.mktemp("undisturbed")
+    said = forks("run", "--config", sets / "tiny.json", "--synthetic", f"randperson:{sets/'a'}", "--real", f"msmt17:{sets/'b'}",
+                 "--target", f"market1501:{sets/'c'}", "--run", "k", *LONG)
+    assert said.code == 0, said
+    return load_json(forks.cwd / "data/runs/k/metrics.json")
+
+
+@pytest.mark.parametrize("stage, how", [*((f"stage{i}", signal.SIGKILL) for i in range(4)), ("stage1", signal.SIGINT), ("stage3", signal.SIGINT)])
+def test_the_same_command_goes_on_after_a_kill(domainmix, flags, undisturbed, stage, how):
+    argv, home = ("run", *flags, "--run", "k", *LONG), domainmix.cwd / "data/runs/k"
+    said = domainmix(*argv, strike=lambda: lines(home, stage) >= 2, how=how)
+    assert said.code == (-9 if how == signal.SIGKILL else 130), said  # 130 is what a shell says of Ctrl-C
+    if how == signal.SIGINT: assert "the same command goes on" in said.err and "Traceback" not in said.err, said
+    assert not (home / "metrics.json").exists() and (home / stage / "last.ckpt").is_file()
+    done = seals(home)
+    assert domainmix(*argv).code == 0
+    assert load_json(home / "metrics.json") == undisturbed
+    earlier = [f"stage{i}" for i in range(int(stage[-1]))]
+    assert all(seals(home)[s] == done[s] for s in earlier)                    # nothing was done twice
+    epochs = [(r["run"], r["epoch"]) for r in load_jsonl(home / "log.jsonl")]
+    assert epochs.count((stage, 1)) == 1                                      # not even epochs
+
+
+def test_killed_at_any_moment(domainmix, flags, undisturbed):
+    argv, home = ("run", *flags, "--run", "k", *LONG), domainmix.cwd / "data/runs/k"
+    for i in range(12):
+        start = time.time()
+        said = domainmix(*argv, strike=lambda: time.time() - start > .25 + .13 * i)
+        if said.code == 0: break
+        assert said.code == -9, said
+    assert said.code == 0 or domainmix(*argv).code == 0
+    assert load_json(home / "metrics.json") == undisturbed
+
+
+def test_two_processes_do_not_share_a_run(domainmix, flags):
+    fcntl = pytest.importorskip("fcntl")
+    home = domainmix.cwd / "data/runs/k"
+    home.mkdir(parents=True)
+    handle = os.open(home, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try: wrong(domainmix("run", *flags, "--run", "k"), "another process", "data/runs/k")
+    finally: os.close(handle)
