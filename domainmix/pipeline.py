@@ -13,7 +13,7 @@ __all__ = ['PAPER', 'SMALL', 'PRESETS', 'METHODS', 'TABLE', 'TINY', 'WORLD', 'N_
            'table', 'cell', 'table_text', 'gains_text', 'demo', 'value', 'report_errors', 'main']
 
 # %% ../nbs/60_pipeline.ipynb #016bb67f
-import argparse, contextlib, difflib, json, os, shutil, sys, time, warnings
+import argparse, contextlib, difflib, errno, json, os, shutil, sys, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Literal
@@ -793,7 +793,11 @@ def report_errors(call: Callable[[], Any] # what the user asked for
             warnings.showwarning = lambda message, *_: say(f"warning: {message}")
             call()
     except DomainMixError as e: say(f"error: {e}"); return 2
-    except PermissionError as e: say(f"error: no permission for {e.filename}\n  -> change its rights, or choose another --data"); return 2
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 141
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC): raise
+        say(f"error: {e.strerror}: {e.filename or 'while writing'}\n  -> make room or change its rights, or choose another --data"); return 2
     except torch.cuda.OutOfMemoryError as e: say(f"error: the GPU's memory is full ({e})\n  -> smaller batches (p), or --device cpu"); return 2
     except KeyboardInterrupt: say("\ninterrupted; nothing that was finished is lost: the same command goes on from here"); return 130
     return 0
