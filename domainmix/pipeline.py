@@ -765,8 +765,8 @@ def gains_text(rows: list[dict], key: str = "mAP") -> str:
 # %% ../nbs/60_pipeline.ipynb #100506b9
 DEMO = {
     "run": "demo", "real": "world", "target": "world", "world": {"a": {"ids": 400}}, "net": {"width": 16},
-    "pretrain": {"epochs": 4}, "spcl": {"epochs": 3, "iterations": 30}, "stage2": {"epochs": 2, "iterations": 75},
-    "stage3": {"epochs": 6, "iterations": 20},
+    "pretrain": {"epochs": 3}, "spcl": {"epochs": 3, "iterations": 25}, "stage2": {"epochs": 2, "iterations": 50},
+    "stage3": {"epochs": 6, "iterations": 15},
 }
 DEMO_SEEDS = 2
 
