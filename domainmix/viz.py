@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['INK', 'PAPER', 'GREY', 'RULE', 'OKABE_ITO', 'CYCLE', 'MEANING', 'MARKERS', 'MARKS', 'TERMS', 'QUALITY', 'METRICS',
            'COUNTS', 'STYLE', 'colours', 'png', 'picture', 'panels', 'finish', 'check_images', 'mosaic', 'sheet',
-           'contact_sheet', 'noisiest', 'cluster_gallery', 'noisy_clusters', 'cluster_sizes', 'reliability_scatter',
-           'project', 'embedding', 'embeddings', 'picture_map', 'spread', 'ranking_gallery', 'read_log', 'loss_names',
-           'loss_curves', 'label_curves', 'probe_curve', 'score', 'summarise', 'percent', 'method_table',
-           'pipeline_diagram', 'result_table', 'report']
+           'contact_sheet', 'some_people', 'noisiest', 'cluster_gallery', 'noisy_clusters', 'cluster_sizes',
+           'reliability_scatter', 'project', 'embedding', 'embeddings', 'picture_map', 'spread', 'ranking_gallery',
+           'read_log', 'loss_names', 'loss_curves', 'label_curves', 'probe_curve', 'score', 'summarise', 'percent',
+           'method_table', 'pipeline_diagram', 'result_table', 'report']
 
 # %% ../nbs/70_viz.ipynb #57f4d4fe
 import base64, html, io, json
@@ -197,6 +197,24 @@ def contact_sheet(images: Tensor,       # uint8 (N, 3, H, W)
     place = np.arange(len(images))
     return sheet(images, place // columns, place % columns, marks, captions, title=title, height=height, ax=ax)
 
+# %% ../nbs/70_viz.ipynb #c1365347
+def some_people(pid, camera, # (N,) identities, -1 unknown, and cameras
+                n: int = 3,    # people
+                each: int = 4, # images of each
+                seed: int = 0  # another seed, other people
+               ) -> np.ndarray: # (n * each,) indices, person by person
+    "A few people, of each a few images under as many cameras as there are."
+    pid, camera = np.asarray(pid), np.asarray(camera)
+    who, count = np.unique(pid[pid >= 0], return_counts=True)
+    who = who[count >= each]
+    if len(who) < n: raise DomainMixError(f"{len(who)} people have {each} images or more, not {n}", "ask for fewer people, or for fewer images of each")
+    chosen = []
+    for p in who[torch.randperm(len(who), generator=generator(seed, "people"))[:n].numpy()]:
+        index = np.flatnonzero(pid == p)
+        turn = np.array([np.sum(camera[index[:k]] == camera[i]) for k, i in enumerate(index)])     # the how-manieth of its camera
+        chosen.append(np.sort(index[np.lexsort((camera[index], turn))[:each]]))
+    return np.concatenate(chosen)
+
 # %% ../nbs/70_viz.ipynb #331e10e5
 def _members(label, pid, cluster, most):
     "Images of one cluster, the commonest identity first, thinned evenly to `most`; which are of it; how many people."
@@ -244,7 +262,7 @@ def noisy_clusters(images: Tensor, label, pid, # as in `cluster_gallery`; true i
     return cluster_gallery(images, label, pid, noisiest(label, pid, n), per_row=per_row,
                            **{"title": "One pseudo label, several people", **kwargs})
 
-# %% ../nbs/70_viz.ipynb #3fdf113d
+# %% ../nbs/70_viz.ipynb #8c704b0f
 def cluster_sizes(label,                             # (N,) pseudo labels before refinement, -1 for outliers
                   lower: int = 5, upper: int = 120,  # b_l and b_h
                   title: str = "Images a pseudo label", ax=None):
@@ -259,7 +277,9 @@ def cluster_sizes(label,                             # (N,) pseudo labels before
                 label=f"{word}: {part.sum():,} labels, {size[part].sum():,} images")
     for bound, name in [(lower - .5, f"$b_l$ = {lower}"), (upper + .5, f"$b_h$ = {upper}")]:
         ax.axvline(bound, color=INK, linewidth=1, linestyle=(0, (4, 2)))
-        ax.annotate(name, (bound, 1), (3, -2), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8, color=INK, va="top")
+        ax.annotate(name, (bound, 1), (3, -2), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8, color=INK, va="top",
+                    bbox=dict(facecolor=PAPER, edgecolor="none", pad=.8))
+    ax.margins(y=.14)
     ax.plot([], [], " ", label=f"outliers: {(label < 0).sum():,} images")
     ax.set_xscale("log"); ax.set_xlim(.8, top * 1.4)
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if t < top]
