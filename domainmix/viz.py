@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INK', 'PAPER', 'GREY', 'RULE', 'OKABE_ITO', 'CYCLE', 'MEANING', 'MARKERS', 'MARKS', 'TERMS', 'QUALITY', 'METRICS',
-           'COUNTS', 'STYLE', 'colours', 'png', 'picture', 'panels', 'finish', 'check_images', 'mosaic', 'sheet',
-           'contact_sheet', 'some_people', 'noisiest', 'cluster_gallery', 'noisy_clusters', 'cluster_sizes',
+           'COUNTS', 'STYLE', 'HEADLINE', 'colours', 'png', 'picture', 'panels', 'finish', 'check_images', 'mosaic',
+           'sheet', 'contact_sheet', 'some_people', 'noisiest', 'cluster_gallery', 'noisy_clusters', 'cluster_sizes',
            'reliability_scatter', 'project', 'embedding', 'embeddings', 'picture_map', 'spread', 'ranking_gallery',
            'read_log', 'loss_names', 'loss_curves', 'label_curves', 'probe_curve', 'score', 'summarise', 'percent',
            'method_table', 'pipeline_diagram', 'result_table', 'report']
@@ -633,7 +633,7 @@ def pipeline_diagram(images: dict[str, Tensor] | None = None): # 'A', 'B', 'C' -
     ax.set_xlim(0, 1000); ax.set_ylim(0, 340); ax.set_aspect("auto"); ax.set_axis_off()
     return figure
 
-# %% ../nbs/70_viz.ipynb #7d00c7de
+# %% ../nbs/70_viz.ipynb #06728313
 STYLE = """
 :root{color-scheme:light dark;--ink:#24292f;--soft:#57606a;--paper:#fff;--rule:#d8dee4;--band:#f6f8fa}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa4af;--paper:#0d1117;--rule:#30363d;--band:#161b22}}
@@ -649,11 +649,13 @@ details{border:1px solid var(--rule);border-radius:6px;padding:.7rem 1rem}summar
 pre{overflow-x:auto;font:13px/1.5 ui-monospace,monospace;margin:.7rem 0 0}
 """
 
+HEADLINE = ("mAP", "rank1", "probe", "purity", "nmi", "pair_f1", "clusters")     # the columns that fit a page
+
 def result_table(rows: Sequence[dict]) -> str: # one a run, as for `summarise`
     "The results as an HTML table: mean and standard deviation over seeds, in per cent."
     table = summarise(rows)
     heads = METRICS | COUNTS
-    shown = [m for m in heads if any(m in s for s in table.values())]
+    shown = [m for m in HEADLINE if any(m in s for s in table.values())]
     runs = {name: sum(str(r["method"]) == name for r in rows) for name in table}
     def cell(s, m):
         if s is None: return "–"
