@@ -31,7 +31,7 @@ FIRST = ["--run", "first", "--all-stages"]
 SCORES = ("mAP", "rank1", "rank5", "rank10", "mAP_trapezoid", "domain_probe")
 
 FORKS = r"""
-import json, os, sys, traceback
+import json, os, signal, sys, traceback
 import torch, tyro, sklearn, scipy.sparse.csgraph
 import domainmix.cli, domainmix.viz, matplotlib.figure
 torch.set_num_threads(1)
@@ -42,6 +42,7 @@ for line in sys.stdin:
     if pid == 0:
         code = 1
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
             os.chdir(job["cwd"])
             for name, fd in (("out", 1), ("err", 2)): os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
