@@ -202,8 +202,8 @@ def small_body(
 ) -> nn.Sequential:         # (B, 3, H, W) -> (B, 8 width, H/8, W/16)
     "The narrow residual net."
     w = width
-    if w < 2:
-        raise DomainMixError(f"width is {w}", "give at least 2; 16 and 32 are usual")
+    if w < 8:   # some CPU convolutions of fewer channels crash inside torch
+        raise DomainMixError(f"width is {w}", "give at least 8; 16 to 32 are usual")
     return nn.Sequential(
         nn.Conv2d(3, w, 3, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(inplace=True),
         Block(w, w, ibn=ibn),

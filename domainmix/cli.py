@@ -52,7 +52,7 @@ class Evaluate:
     pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera
     backbone: str | None = None     # the architecture, for a file that does not say: small, resnet50, resnet50_ibn
     skip_bad: bool = False          # leave unreadable images out, and count them
-    flip: bool = False              # average the features of an image and its mirror image
+    flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run did
     device: str = "auto"            # auto, cpu, cuda
     data: str = "data"              # where runs/ and the decoded images lie
     out: str | None = None          # write the scores here too (.json)
@@ -65,7 +65,7 @@ class Embed:
     out: str = "features.npy"       # float32 (N, D), one row an image; the paths go into a .csv beside it
     backbone: str | None = None     # the architecture, for a file that does not say: small, resnet50, resnet50_ibn
     skip_bad: bool = False          # leave unreadable images out, and count them
-    flip: bool = False              # average the features of an image and its mirror image
+    flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run did
     device: str = "auto"            # auto, cpu, cuda
     data: str = "data"              # where runs/ and the decoded images lie
 

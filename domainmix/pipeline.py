@@ -9,7 +9,7 @@ __all__ = ['PAPER', 'SMALL', 'PRESETS', 'METHODS', 'TABLE', 'TINY', 'WORLD', 'N_
            'keep_net', 'load_net', 'fresh_net', 'stage0', 'stage1', 'refined', 'choose_labels', 'mixture', 'stage2',
            'stage3', 'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned', 'progress', 'claim',
            'label_statistics', 'scores', 'metrics', 'load_config', 'describe', 'run', 'run_folder', 'result_text',
-           'labels_text', 'label', 'find_net', 'open_net', 'world_of', 'evaluate_model', 'embed', 'quoted', 'row',
+           'labels_text', 'label', 'find_net', 'open_net', 'run_of', 'evaluate_model', 'embed', 'quoted', 'row',
            'table', 'cell', 'table_text', 'gains_text', 'demo', 'value', 'report_errors', 'main']
 
 # %% ../nbs/60_pipeline.ipynb #016bb67f
@@ -69,11 +69,12 @@ class RunConfig:
 # %% ../nbs/60_pipeline.ipynb #9b942d43
 PAPER = {"height": 256, "width": 128, "world": {"height": 256, "width": 128}, "net": {"weights": "imagenet", "stripes": 1}}
 SMALL = {
-    "net": {"width": 24, "stripes": 8}, "start": "stage1",
-    "pretrain": {"epochs": 9, "iterations": 100, "lr": 2e-3, "schedule": "cosine", "warmup": 0.5, "ema": 0.99},
+    "net": {"width": 24, "stripes": 8}, "start": "stage1", "flip": True,
+    **{f"{stage}.augment.erase": 0. for stage in ("pretrain", "spcl", "stage2", "stage3")},
+    "pretrain": {"epochs": 9, "iterations": 100, "lr": 2e-3, "schedule": "cosine", "lambda_id": 1.0, "warmup": 0.5, "ema": 0.99},
     "spcl": {"epochs": 4, "iterations": 60, "lr": 5e-4, "schedule": "cosine", "domain_bn": False, "samples_per_bn": None,
              "outliers": "negative", "camera_centre": True, "flip": True, "refresh": True, "cluster": {"eps": 0.55}},
-    "stage2": {"epochs": 4, "iterations": 100, "lr": 1e-3, "schedule": "cosine", "balance": "domain", "lambda_id": 1.0,
+    "stage2": {"epochs": 4, "iterations": 125, "lr": 2e-3, "schedule": "cosine", "balance": "domain", "lambda_id": 1.0,
                "init_classifier": "means", "warmup": 0.3, "ema": 0.99},
     "stage3": {"epochs": 8, "iterations": 40, "lr": 3e-4, "disc_lr": 3e-3, "schedule": "cosine", "balance": "domain",
                "lambda_id": 1.0, "ema": 0.99},
@@ -659,31 +660,37 @@ def open_net(model: str | Path, config: RunConfig | None = None, data: str | Pat
     config = config or RunConfig()
     return net, height or config.height, width or config.width
 
-def world_of(model: str | Path, data: str | Path = "data") -> WorldConfig:
-    "The world that the model's run drew; the default one for a file from elsewhere."
+def run_of(model: str | Path, data: str | Path = "data") -> RunConfig:
+    "The settings of the run that made the model: its world, its way to make features; the bare defaults for a file from elsewhere."
     for folder in find_net(model, data).absolute().parents[:4]:
-        if (folder/"config.json").is_file(): return load_config(folder/"config.json")[0].world
-    return WorldConfig()
+        if (folder/"config.json").is_file(): return load_config(folder/"config.json")[0]
+    return RunConfig()
 
 # %% ../nbs/60_pipeline.ipynb #6c4effe0
 def evaluate_model(model: str | Path,             # what `find_net` finds
                    target: str,                   # the data set to be tested on
                    pattern: str | None = None,    # for a folder: set
                    config: RunConfig | None = None, # the architecture, for a file that does not say
-                   skip_bad: bool = False, flip: bool = False, device: str = "auto", data: str = "data") -> dict:
+                   skip_bad: bool = False,
+                   flip: bool | None = None,      # average with the mirror image's feature; None: as the model's run did
+                   device: str = "auto", data: str = "data") -> dict:
     "Scores of a trained network on a target."
-    net, height, width = open_net(model, config, data)
+    (net, height, width), made = open_net(model, config, data), run_of(model, data)
     inputs = read_inputs(configure(target=target, pattern=pattern, height=height, width=width, skip_bad=skip_bad, data=data,
-                                   world=world_of(model, data)), ("target",))
-    return ranking(inputs.query, inputs.gallery, net, flip, device)
+                                   world=made.world), ("target",))
+    return ranking(inputs.query, inputs.gallery, net, made.flip if flip is None else flip, device)
 
 # %% ../nbs/60_pipeline.ipynb #097eb387
 def embed(model: str | Path,      # what `find_net` finds
           images: str,            # a data set; of one with several splits, all of them
           out: str | Path,        # the .npy file to write; a .csv with the paths goes beside it
-          config: RunConfig | None = None, skip_bad: bool = False, flip: bool = False, device: str = "auto", data: str = "data") -> np.ndarray:
+          config: RunConfig | None = None, # the architecture, for a file that does not say
+          skip_bad: bool = False,
+          flip: bool | None = None, # average with the mirror image's feature; None: as the model's run did
+          device: str = "auto", data: str = "data") -> np.ndarray:
     "Features of all images of a data set, float32 (N, D), L2-normalised."
     net, height, width = open_net(model, config, data)
+    if flip is None: flip = run_of(model, data).flip
     parts = [decode(r, configure(height=height, width=width, skip_bad=skip_bad, data=data)) for r in read_dataset(images).splits.values()]
     features = np.concatenate([extract(net, p.images, device=pick_device(device), flip=flip) for p in parts])
     out = Path(out).with_suffix(".npy")

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .backbone import DomainBatchNorm, ReIDNet, from_domain_bn, set_bn_domain, to_domain_bn, to_ghost_bn
 from .batches import AugmentConfig, PKSampler, TrainSet, augment
 from .core import DomainMixError, autocast, from_dict, generator, pick_device, to_dict
-from .loop import Run, class_means, data_key, embed_images, lr_schedule, place, set_lr, take, weights_key
+from .loop import Run, adam, class_means, data_key, embed_images, lr_schedule, place, set_lr, take, weights_key
 from .neighbours import camera_centre
 from .pseudolabel import ClusterConfig, Clusters, alone, assign, cluster, label_quality
 
@@ -301,7 +301,7 @@ def adapt(
     key = run_key(net, mix, seed)
     net = adaptable(net, config, mix.synthetic is not None).to(device, memory_format=torch.channels_last)
     memory = Memory(mix.n_synthetic, len(real_images), net.feature_dim, config.temperature, config.momentum).to(device)
-    optimiser = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], config.lr, weight_decay=config.weight_decay)
+    optimiser = adam(net, config.lr, config.weight_decay)
     lr = lr_schedule(config.lr, config.epochs, config.iterations, config.schedule, config.milestones, warmup=config.warmup)
     with Run(stage, config.epochs, lr.size, key, dict(net=net, memory=memory, optimiser=optimiser), folder, log, device) as run:
         for epoch in run:

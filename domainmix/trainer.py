@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOMAIN_LOSSES', 'TrainConfig', 'DomainConfig', 'discriminates', 'plan', 'Feed', 'mean_features', 'first_classifier',
-           'Classifying', 'Players', 'adam', 'Reverse', 'backbone_loss', 'accuracy', 'discriminator_loss', 'Trained',
-           'run_key', 'finished', 'train', 'train_invariant']
+           'Classifying', 'Players', 'Reverse', 'backbone_loss', 'accuracy', 'discriminator_loss', 'Trained', 'run_key',
+           'finished', 'train', 'train_invariant']
 
 # %% ../nbs/40_trainer.ipynb #198e1939
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from .backbone import ReIDNet
 from .batches import AugmentConfig, PKSampler, TrainSet, augment
 from .core import DomainMixError, autocast, fingerprint, from_dict, generator, pick_device, to_dict
 from .discriminator import Discriminator
-from .loop import Run, averaged, class_means, data_key, embed_images, lr_schedule, place, set_lr, take, weights_key
+from .loop import Run, adam, averaged, class_means, data_key, embed_images, lr_schedule, place, set_lr, take, weights_key
 from .losses import discrimination_loss, domain_balance_loss, id_loss, kl_uniform_loss, triplet_loss
 
 # %% ../nbs/40_trainer.ipynb #5c8a51a5
@@ -176,13 +176,13 @@ class Players:
                                  "give the classifier that was trained on the same union of sets, or None")
         self.model, self.discriminator = Classifying(net, rows).to(device), None
         self.average = averaged(self.model, config.ema)
-        self.optimiser, self.opponent = adam(self.model, config), None
+        self.optimiser, self.opponent = adam(self.model, config.lr, config.weight_decay), None
         loss = getattr(config, "loss", "none")
         self.reversed = loss == "reverse"
         if loss != "none":
             self.faster = 100. if config.disc_lr is None else config.disc_lr / config.lr
             self.discriminator = Discriminator(net.feature_dim, data.n_domains, seed=seed).to(device)
-            self.opponent = adam(self.discriminator, config)
+            self.opponent = adam(self.discriminator, config.lr, config.weight_decay)
 
     def parts(self) -> dict:
         "What a checkpoint holds."
@@ -197,14 +197,6 @@ class Players:
         if not discriminates: set_lr(self.optimiser, lr)
         if learns: set_lr(self.opponent, lr * self.faster)
         return ([] if discriminates else [self.optimiser]) + ([self.opponent] if learns else [])
-
-# %% ../nbs/40_trainer.ipynb #3f4f02e2
-def adam(
-    module: nn.Module,
-    config: TrainConfig,
-) -> torch.optim.Adam:
-    "Adam for the parameters that learn; the learning rate is set in every step."
-    return torch.optim.Adam([p for p in module.parameters() if p.requires_grad], config.lr, weight_decay=config.weight_decay)
 
 # %% ../nbs/40_trainer.ipynb #8611d056
 class Reverse(torch.autograd.Function):
