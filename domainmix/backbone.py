@@ -265,9 +265,11 @@ class ReIDNet(nn.Module):
         raw = F.adaptive_avg_pool2d(maps, (self.stripes, 1)).float()[..., 0].mT.flatten(1)
         return raw, self.neck(raw)
 
-    def embed(self, x: Tensor) -> Tensor:
-        "(B, 3, H, W) -> (B, S * C), the neck's output at length one."
-        return F.normalize(self(x)[1])
+    def embed(self, x: Tensor, feature: str = "neck") -> Tensor:
+        "(B, 3, H, W) -> (B, S * C), the neck's output at length one; with feature='raw', its input."
+        if feature not in ("raw", "neck"):
+            raise DomainMixError(f"unknown feature {feature!r}", "use neck, the one after the BN neck, or raw, the one before it")
+        return F.normalize(self(x)[feature == "neck"])
 
 # %% ../nbs/20_backbone.ipynb #90b605a4
 def n_parameters(

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['REPORT_RUNS', 'COMMANDS', 'USAGE', 'Run', 'Table', 'Label', 'Evaluate', 'Embed', 'World', 'settings', 'do_run',
-           'do_table', 'do_label', 'sizes_text', 'architecture', 'do_evaluate', 'do_embed', 'do_world', 'report_rows',
-           'drawn_pictures', 'write_report', 'early', 'defaults', 'parse', 'main']
+           'do_table', 'do_label', 'sizes_text', 'architecture', 'use', 'do_evaluate', 'do_embed', 'do_world',
+           'report_rows', 'drawn_pictures', 'write_report', 'early', 'defaults', 'parse', 'main']
 
 # %% ../nbs/80_cli.ipynb #08de9e06
 import shutil, sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Literal
 
 import numpy as np
 
@@ -52,6 +52,7 @@ class Evaluate:
     pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera
     backbone: str | None = None     # the architecture, for a file that does not say: small, resnet50, resnet50_ibn
     skip_bad: bool = False          # leave unreadable images out, and count them
+    feature: Literal["neck", "raw"] | None = None # after the BN neck, or before it; None: as the model's run did
     flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run did
     device: str = "auto"            # auto, cpu, cuda
     data: str = "data"              # where runs/ and the decoded images lie
@@ -65,6 +66,7 @@ class Embed:
     out: str = "features.npy"       # float32 (N, D), one row an image; the paths go into a .csv beside it
     backbone: str | None = None     # the architecture, for a file that does not say: small, resnet50, resnet50_ibn
     skip_bad: bool = False          # leave unreadable images out, and count them
+    feature: Literal["neck", "raw"] | None = None # after the BN neck, or before it; None: as the model's run did
     flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run did
     device: str = "auto"            # auto, cpu, cuda
     data: str = "data"              # where runs/ and the decoded images lie
@@ -109,13 +111,17 @@ def architecture(args: Evaluate | Embed) -> RunConfig | None:
     "The architecture that flags give, for files that do not say."
     return configure(backbone=args.backbone) if args.backbone else None
 
+def use(args: Evaluate | Embed) -> dict:
+    "What the two have in common: how features are made, and where."
+    return {k: getattr(args, k) for k in ("skip_bad", "feature", "flip", "device", "data")}
+
 def do_evaluate(args: Evaluate) -> None:
-    scores = evaluate_model(args.model, args.target, args.pattern, architecture(args), args.skip_bad, args.flip, args.device, args.data)
+    scores = evaluate_model(args.model, args.target, args.pattern, architecture(args), **use(args))
     for k, v in scores.items(): print(f"{k:<14}{f'{100*v:.1f} %' if isinstance(v, float) else f'{v:,}'}")
     if args.out: print(save_json(args.out, scores))
 
 def do_embed(args: Embed) -> None:
-    features = embed(args.model, args.images, args.out, architecture(args), args.skip_bad, args.flip, args.device, args.data)
+    features = embed(args.model, args.images, args.out, architecture(args), **use(args))
     out = Path(args.out).with_suffix(".npy")
     print(f"{out}: {features.shape[0]:,} features of {features.shape[1]} numbers\n{out.with_suffix('.csv')}: their images")
 

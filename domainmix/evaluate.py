@@ -14,9 +14,9 @@ import numpy as np, torch
 from torch.nn import functional as F
 
 # %% ../nbs/50_evaluate.ipynb #da708ab0
-from .batches import normalise
-from .core import DomainMixError, autocast, generator, pick_device
+from .core import DomainMixError, generator, pick_device
 from .data import Records
+from .loop import embed_images
 from .neighbours import unit
 
 # %% ../nbs/50_evaluate.ipynb #d7791cad
@@ -158,27 +158,20 @@ def ranked_list(query: torch.Tensor | np.ndarray,     # (Q, D) features
     return RankedList(*(torch.cat(p).cpu().numpy() for p in zip(*parts)))
 
 # %% ../nbs/50_evaluate.ipynb #ceec9fec
-def extract(net: torch.nn.Module,   # has `embed`: (B, 3, H, W) normalised -> (B, D)
+def extract(net: torch.nn.Module,   # has `embed`: (B, 3, H, W) normalised, 'neck' or 'raw' -> (B, D)
             images: torch.Tensor,   # uint8 (N, 3, H, W)
             batch: int = 256,       # images at once
             device: str | torch.device = "cpu", # where the network goes
             flip: bool = False,     # average with the mirrored image
-            precision: str = "fp32" # 'fp32', 'bf16' or 'auto'
+            precision: str = "fp32", # 'fp32', 'bf16' or 'auto'
+            feature: str = "neck"   # after the BN neck, or 'raw', before it
            ) -> np.ndarray:
     "Features of images, float32 (N, D), rows of length one."
     if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         found = f"{images.dtype} of shape {tuple(images.shape)}" if hasattr(images, "dtype") else f"a {type(images).__name__}"
         raise DomainMixError(f"the images are {found}", "give uint8 (N, 3, H, W) with N >= 1, as load_images does")
-    device, training, parts = pick_device(device), net.training, []
-    net.to(device).eval()
-    try:
-        with torch.inference_mode(), autocast(device, precision):
-            for part in images.split(batch):
-                x = normalise(part.to(device))
-                f = net.embed(x).float()
-                parts.append((f + net.embed(x.flip(3)).float() if flip else f).cpu())
-    finally: net.train(training)
-    return unit(torch.cat(parts), "features of the network").numpy()
+    device = pick_device(device)
+    return unit(embed_images(net.to(device), images, device, batch, flip, precision, feature).cpu(), "features of the network").numpy()
 
 # %% ../nbs/50_evaluate.ipynb #cfcdac5d
 def evaluate(net: torch.nn.Module,        # has `embed`
@@ -190,10 +183,11 @@ def evaluate(net: torch.nn.Module,        # has `embed`
              batch: int = 256,            # images at once
              flip: bool = False,          # average with the mirrored image
              precision: str = "fp32",     # of the network
+             feature: str = "neck",       # after the BN neck, or 'raw', before it
              topk: int = 20               # length of the CMC curve
             ) -> dict[str, float]:
     "mAP, rank1, rank5, rank10, mINP, mAP_trapezoid, and how many queries counted and were skipped."
-    q, g = (extract(net, i, batch, device, flip, precision) for i in (query_images, gallery_images))
+    q, g = (extract(net, i, batch, device, flip, precision, feature) for i in (query_images, gallery_images))
     return rank(q, g, query_records.pid, gallery_records.pid, query_records.camera, gallery_records.camera, topk).metrics()
 
 # %% ../nbs/50_evaluate.ipynb #abda78fa

@@ -257,12 +257,13 @@ def take(
 # %% ../nbs/23_loop.ipynb #d219520b
 @torch.no_grad()
 def embed_images(
-    net: nn.Module,                        # has `embed`: (B, 3, H, W) -> (B, D), of length one
+    net: nn.Module,                        # has `embed`: (B, 3, H, W), 'neck' or 'raw' -> (B, D), of length one
     images: Tensor,                        # (N, 3, H, W) uint8
     device: torch.device,                  # where the network is
     batch: int = 256,                      # images at once
     flip: bool = False,                    # average with the mirror image's feature
     precision: str = "auto",               # as for `core.autocast`
+    feature: str = "neck",                 # after the BN neck, or 'raw', before it
 ) -> Tensor:                               # (N, D) float32 on the device, of length one
     "Features of all images in eval mode; the network's mode is as before."
     mode, out = net.training, []
@@ -270,9 +271,9 @@ def embed_images(
     for index in torch.arange(len(images)).split(batch):
         image = normalise(take(images, index, device)).contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
-            feature = net.embed(image).float()
-            if flip: feature = feature + net.embed(image.flip(3)).float()
-        out.append(nn.functional.normalize(feature))
+            f = net.embed(image, feature).float()
+            if flip: f = f + net.embed(image.flip(3), feature).float()
+        out.append(nn.functional.normalize(f))
     net.train(mode)
     return torch.cat(out)
 

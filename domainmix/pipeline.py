@@ -7,10 +7,11 @@ __all__ = ['PAPER', 'SMALL', 'PRESETS', 'METHODS', 'TABLE', 'TINY', 'WORLD', 'N_
            'PAIRS', 'DEMO', 'DEMO_SEEDS', 'RunConfig', 'one_of', 'configure', 'Method', 'checked', 'Stage', 'cached',
            'locked', 'Part', 'Inputs', 'decode', 'open_set', 'split_target', 'usable', 'whole', 'read_inputs',
            'keep_net', 'load_net', 'fresh_net', 'stage0', 'stage1', 'refined', 'choose_labels', 'mixture', 'stage2',
-           'stage3', 'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned', 'progress', 'claim',
-           'label_statistics', 'scores', 'metrics', 'load_config', 'describe', 'run', 'run_folder', 'result_text',
-           'labels_text', 'label', 'find_net', 'open_net', 'run_of', 'evaluate_model', 'embed', 'quoted', 'row',
-           'table', 'cell', 'table_text', 'gains_text', 'demo', 'value', 'report_errors', 'main']
+           'stage3', 'as_used', 'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned', 'progress',
+           'claim', 'label_statistics', 'scores', 'metrics', 'load_config', 'describe', 'run', 'run_folder',
+           'result_text', 'labels_text', 'label', 'find_net', 'open_net', 'run_of', 'used_as', 'evaluate_model',
+           'embed', 'quoted', 'row', 'table', 'cell', 'table_text', 'gains_text', 'demo', 'value', 'report_errors',
+           'main']
 
 # %% ../nbs/60_pipeline.ipynb #016bb67f
 import argparse, contextlib, difflib, errno, json, os, shutil, sys, time, warnings
@@ -57,6 +58,7 @@ class RunConfig:
     lower: int = 5                   # Eq. (1): smallest cluster that is kept
     upper: int = 120                 # Eq. (1): largest cluster that is kept
     start: Literal["stage0", "stage1"] = "stage0"  # the network that stage 2 starts from
+    feature: Literal["neck", "raw"] = "neck" # evaluate on the feature after the BN neck, as the paper does, or on the one before it
     flip: bool = False               # evaluate on the average feature of an image and its mirror image
     all_stages: bool = True          # evaluate the network of every stage, not only the last
     net: BackboneConfig = field(default_factory=BackboneConfig)      # the network
@@ -69,7 +71,7 @@ class RunConfig:
 # %% ../nbs/60_pipeline.ipynb #9b942d43
 PAPER = {"height": 256, "width": 128, "world": {"height": 256, "width": 128}, "net": {"weights": "imagenet", "stripes": 1}}
 SMALL = {
-    "net": {"width": 24, "stripes": 8}, "start": "stage1", "flip": True,
+    "net": {"width": 24, "stripes": 8}, "start": "stage1", "flip": True, "feature": "raw",
     **{f"{stage}.augment.erase": 0. for stage in ("pretrain", "spcl", "stage2", "stage3")},
     "pretrain": {"epochs": 9, "iterations": 100, "lr": 2e-3, "schedule": "cosine", "lambda_id": 1.0, "warmup": 0.5, "ema": 0.99},
     "spcl": {"epochs": 4, "iterations": 60, "lr": 5e-4, "schedule": "cosine", "domain_bn": False, "samples_per_bn": None,
@@ -416,16 +418,24 @@ def stage3(config: RunConfig, inputs: Inputs, start: Path, labels: Path | None, 
 # %% ../nbs/60_pipeline.ipynb #6d2d7bc4
 N_PROBE = 2000  # images of each domain that the probe sees
 
-def ranking(query: Part, gallery: Part, net: ReIDNet, flip: bool = False, device: str | torch.device = "auto") -> dict:
-    "Scores of `net` on a target, as fractions."
-    return evaluate(net, query.images, query.records, gallery.images, gallery.records, pick_device(device), flip=flip)
+def as_used(config: RunConfig) -> dict:
+    "How a run makes the features that it is judged by."
+    return {"feature": config.feature, "flip": config.flip, "device": pick_device(config.device)}
 
-def probing(inputs: Inputs, net: ReIDNet, seed: int = 0, flip: bool = False, device: str | torch.device = "auto") -> float:
+def ranking(query: Part, gallery: Part, net: ReIDNet,
+            **use: Any # what `evaluate` takes; of a run: `as_used`
+           ) -> dict:
+    "Scores of `net` on a target, as fractions."
+    return evaluate(net, query.images, query.records, gallery.images, gallery.records, **use)
+
+def probing(inputs: Inputs, net: ReIDNet, seed: int = 0,
+            **use: Any # what `extract` takes; of a run: `as_used`
+           ) -> float:
     "How often a linear probe tells A from B, on people held out from it; 0.5 is chance."
     features, pids = {}, {}
     for name, p in (("a", inputs.synthetic), ("b", inputs.real)):
         some = torch.randperm(len(p.images), generator=generator(seed, "probe", name))[:N_PROBE].sort().values
-        features[name], pids[name] = extract(net, p.images[some], device=pick_device(device), flip=flip), p.records.pid[some.numpy()]
+        features[name], pids[name] = extract(net, p.images[some], **use), p.records.pid[some.numpy()]
     return domain_probe(features, pids, seed)
 
 # %% ../nbs/60_pipeline.ipynb #dc092041
@@ -471,20 +481,20 @@ def start_key(config: RunConfig) -> str | None:
 
 def evaluations(stages: list[Stage], config: RunConfig, inputs: Inputs) -> list[Stage]:
     "The stages that measure the network of each stage, or of the last alone."
-    found = []
+    found, how = [], {"flip": config.flip, "feature": config.feature}
     nets = [s for s in stages if "/" not in s.name]
     for s in nets if config.all_stages else nets[-1:]:
         if inputs.query is not None:
             def make(folder, s=s):
-                save_json(folder/"scores.json", ranking(inputs.query, inputs.gallery, load_net(s.folder)[0], config.flip, config.device))
+                save_json(folder/"scores.json", ranking(inputs.query, inputs.gallery, load_net(s.folder)[0], **as_used(config)))
             found.append(Stage(f"{s.name}/ranking", s.folder/"ranking",
-                               {"query": inputs.query.key, "gallery": inputs.gallery.key, "flip": config.flip}, make, (s,)))
+                               {"query": inputs.query.key, "gallery": inputs.gallery.key, **how}, make, (s,)))
         if inputs.real is not None:
             def make(folder, s=s):
-                probe = probing(inputs, load_net(s.folder)[0], config.seed, config.flip, config.device)
+                probe = probing(inputs, load_net(s.folder)[0], config.seed, **as_used(config))
                 save_json(folder/"scores.json", {"domain_probe": probe})
             found.append(Stage(f"{s.name}/probe", s.folder/"probe",
-                               {"a": inputs.synthetic.key, "b": inputs.real.key, "images": N_PROBE, "flip": config.flip}, make, (s,)))
+                               {"a": inputs.synthetic.key, "b": inputs.real.key, "images": N_PROBE, **how}, make, (s,)))
     return found
 
 # %% ../nbs/60_pipeline.ipynb #1a248278
@@ -666,19 +676,25 @@ def run_of(model: str | Path, data: str | Path = "data") -> RunConfig:
         if (folder/"config.json").is_file(): return load_config(folder/"config.json")[0]
     return RunConfig()
 
+def used_as(model: str | Path, feature: str | None, flip: bool | None, device: str, data: str | Path) -> RunConfig:
+    "The settings of the model's run, with those that are given in their place."
+    given = {"feature": feature, "flip": flip, "device": device}
+    return with_overrides(run_of(model, data), {k: v for k, v in given.items() if v is not None})
+
 # %% ../nbs/60_pipeline.ipynb #6c4effe0
 def evaluate_model(model: str | Path,             # what `find_net` finds
                    target: str,                   # the data set to be tested on
                    pattern: str | None = None,    # for a folder: set
                    config: RunConfig | None = None, # the architecture, for a file that does not say
                    skip_bad: bool = False,
+                   feature: str | None = None,    # neck or raw; None: as the model's run did
                    flip: bool | None = None,      # average with the mirror image's feature; None: as the model's run did
                    device: str = "auto", data: str = "data") -> dict:
     "Scores of a trained network on a target."
-    (net, height, width), made = open_net(model, config, data), run_of(model, data)
+    (net, height, width), made = open_net(model, config, data), used_as(model, feature, flip, device, data)
     inputs = read_inputs(configure(target=target, pattern=pattern, height=height, width=width, skip_bad=skip_bad, data=data,
                                    world=made.world), ("target",))
-    return ranking(inputs.query, inputs.gallery, net, made.flip if flip is None else flip, device)
+    return ranking(inputs.query, inputs.gallery, net, **as_used(made))
 
 # %% ../nbs/60_pipeline.ipynb #097eb387
 def embed(model: str | Path,      # what `find_net` finds
@@ -686,13 +702,14 @@ def embed(model: str | Path,      # what `find_net` finds
           out: str | Path,        # the .npy file to write; a .csv with the paths goes beside it
           config: RunConfig | None = None, # the architecture, for a file that does not say
           skip_bad: bool = False,
+          feature: str | None = None, # neck or raw; None: as the model's run did
           flip: bool | None = None, # average with the mirror image's feature; None: as the model's run did
           device: str = "auto", data: str = "data") -> np.ndarray:
     "Features of all images of a data set, float32 (N, D), L2-normalised."
     net, height, width = open_net(model, config, data)
-    if flip is None: flip = run_of(model, data).flip
+    use = as_used(used_as(model, feature, flip, device, data))
     parts = [decode(r, configure(height=height, width=width, skip_bad=skip_bad, data=data)) for r in read_dataset(images).splits.values()]
-    features = np.concatenate([extract(net, p.images, device=pick_device(device), flip=flip) for p in parts])
+    features = np.concatenate([extract(net, p.images, **use) for p in parts])
     out = Path(out).with_suffix(".npy")
     write_atomic(out, lambda p: np.save(p, features))
     rows = "\n".join(["path", *(quoted(f) for p in parts for f in p.records.files())]) + "\n"
@@ -771,7 +788,7 @@ def gains_text(rows: list[dict], key: str = "mAP") -> str:
 
 # %% ../nbs/60_pipeline.ipynb #100506b9
 DEMO = {
-    "run": "demo", "real": "world", "target": "world", "world": {"a": {"ids": 400}}, "net": {"width": 16},
+    "run": "demo", "real": "world", "target": "world", "world": {"a": {"ids": 400}}, "net": {"width": 16}, "flip": False, "all_stages": False,
     "pretrain": {"epochs": 3}, "spcl": {"epochs": 3, "iterations": 25}, "stage2": {"epochs": 2, "iterations": 50},
     "stage3": {"epochs": 6, "iterations": 15},
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import domainmix
-from sync import ROOT, exported, is_clean, modules, notebooks
+from sync import ROOT, cleaned, exported, is_clean, modules, notebooks
 
 LONGEST_CELL = 40        # lines of an exported cell
 LARGEST_OUTPUT = 300_000  # characters of one saved output
@@ -178,3 +178,11 @@ def test_no_file_names_a_place_on_one_machine():
 def test_no_data_is_tracked():
     wrong = [n for n in tracked() if n.startswith("data/") and n != "data/README.md" or n.endswith((".safetensors", ".npz", ".ckpt"))]
     assert not wrong, wrong
+
+
+def test_progress_bars_are_cleaned_away():
+    bar = {"output_type": "display_data", "metadata": {}, "data": {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": ["0%"]}}
+    picture = {"output_type": "display_data", "metadata": {}, "data": {"image/png": "", "text/plain": ["<Figure>"]}}
+    cell = {"cell_type": "code", "id": "a", "metadata": {}, "execution_count": 3, "source": ["1"], "outputs": [bar, picture]}
+    text = json.dumps({"cells": [cell], "metadata": {"widgets": {}}, "nbformat": 4, "nbformat_minor": 5})
+    assert not is_clean(text) and json.loads(cleaned(text))["cells"][0]["outputs"] == [picture]

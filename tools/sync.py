@@ -42,12 +42,21 @@ def exported(root=ROOT):
         return modules(copy)
 
 
+def is_progress(output):
+    "Is it a live widget and nothing else, as a progress bar is? A saved notebook would show an error in its place."
+    kinds = output.get("data", {}).keys()
+    return "application/vnd.jupyter.widget-view+json" in kinds and kinds <= {"application/vnd.jupyter.widget-view+json", "text/plain"}
+
+
 def cleaned(text):
-    "A notebook's JSON without what changes from one execution to the next: counts, ids, widget state."
+    "A notebook's JSON without what changes from one execution to the next: counts, ids, widget state, progress bars."
     from nbdev.clean import clean_nb
     nb = json.loads(text)
     clean_nb(nb, clean_ids=True)
     nb["metadata"].pop("widgets", None)
+    for cell in nb["cells"]:
+        if "outputs" in cell:
+            cell["outputs"] = [o for o in cell["outputs"] if not is_progress(o)]
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
