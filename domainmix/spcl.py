@@ -48,6 +48,7 @@ class SpCLConfig:
     camera_centre: bool = False          # cluster features without their camera's mean, where cameras are known
     refresh: bool = False                # fill the real rows anew from the network every epoch, not in the first alone
     flip: bool = False                   # features to cluster: average of an image and its mirror image
+    label_feature: Literal["neck", "raw"] = "neck"  # what the final labels are taken from: after or before the BN neck
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
@@ -234,10 +235,10 @@ class Mixture:
         synthetic, real = each.chunk(2)
         return dict(synthetic=synthetic.mean(), real=real.mean())
 
-    def embed(self, net: nn.Module, images: Tensor, domain: int) -> Tensor:
+    def embed(self, net: nn.Module, images: Tensor, domain: int, feature: str = "neck") -> Tensor:
         "Features of images of one domain."
         look_as(net, domain)
-        return embed_images(net, images, self.device, flip=self.config.flip and domain > 0, precision=self.config.precision)
+        return embed_images(net, images, self.device, flip=self.config.flip and domain > 0, precision=self.config.precision, feature=feature)
 
 # %% ../nbs/32_spcl.ipynb #ce8e16d9
 @torch.no_grad()
@@ -310,6 +311,6 @@ def adapt(
             batches = mix.batches(memory.label.cpu().numpy(), generator(seed, stage, epoch), generator(seed, stage, epoch, "augment", device=device))
             contrast(net, memory, mix, optimiser, lr[epoch], batches, run)
             run.end_epoch(lr=lr[epoch, -1], **epoch_line(memory, truth))
-    features = mix.embed(net, real_images, 1)
+    features = mix.embed(net, real_images, 1, config.label_feature)
     clusters = regroup(memory, features, mix.camera, config)
     return from_domain_bn(net, 1).eval(), clusters, features.cpu().numpy()
