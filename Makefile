@@ -26,7 +26,7 @@ $(STAMP): setup.py settings.ini pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "domainmix needs Python 3.10 or newer, and $(PYTHON) is %d.%d.\n  -> make PYTHON=/path/to/a/newer/python ..." % v[:2])'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); } || \
 	  { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "installing what domainmix needs; the first time this takes minutes and about 5.4 GB"
+	@echo "installing what domainmix needs; the first time this takes minutes and about 6.5 GB"
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-input -e '.[dev]'
 	@$(BIN)/python -c 'import torch, torchvision' || \
 	  { echo "torch and torchvision do not fit together: $(BIN)/python -m pip install --force-reinstall torch torchvision" >&2; exit 1; }

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPORT_RUNS', 'COMMANDS', 'USAGE', 'Run', 'Table', 'Label', 'Evaluate', 'Embed', 'World', 'settings', 'do_run',
-           'do_table', 'do_label', 'sizes_text', 'architecture', 'use', 'do_evaluate', 'do_embed', 'do_world',
+           'do_table', 'do_label', 'sizes_text', 'architecture', 'in_common', 'do_evaluate', 'do_embed', 'do_world',
            'report_rows', 'drawn_pictures', 'write_report', 'early', 'defaults', 'parse', 'main']
 
 # %% ../nbs/80_cli.ipynb #08de9e06
@@ -111,17 +111,17 @@ def architecture(args: Evaluate | Embed) -> RunConfig | None:
     "The architecture that flags give, for files that do not say."
     return configure(backbone=args.backbone) if args.backbone else None
 
-def use(args: Evaluate | Embed) -> dict:
+def in_common(args: Evaluate | Embed) -> dict:
     "What the two have in common: how features are made, and where."
     return {k: getattr(args, k) for k in ("skip_bad", "feature", "flip", "device", "data")}
 
 def do_evaluate(args: Evaluate) -> None:
-    scores = evaluate_model(args.model, args.target, args.pattern, architecture(args), **use(args))
+    scores = evaluate_model(args.model, args.target, args.pattern, architecture(args), **in_common(args))
     for k, v in scores.items(): print(f"{k:<14}{f'{100*v:.1f} %' if isinstance(v, float) else f'{v:,}'}")
     if args.out: print(save_json(args.out, scores))
 
 def do_embed(args: Embed) -> None:
-    features = embed(args.model, args.images, args.out, architecture(args), **use(args))
+    features = embed(args.model, args.images, args.out, architecture(args), **in_common(args))
     out = Path(args.out).with_suffix(".npy")
     print(f"{out}: {features.shape[0]:,} features of {features.shape[1]} numbers\n{out.with_suffix('.csv')}: their images")
 

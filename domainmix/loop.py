@@ -268,13 +268,14 @@ def embed_images(
     "Features of all images in eval mode; the network's mode is as before."
     mode, out = net.training, []
     net.eval()
-    for index in torch.arange(len(images)).split(batch):
-        image = normalise(take(images, index, device)).contiguous(memory_format=torch.channels_last)
-        with autocast(device, precision):
-            f = net.embed(image, feature).float()
-            if flip: f = f + net.embed(image.flip(3), feature).float()
-        out.append(nn.functional.normalize(f))
-    net.train(mode)
+    try:
+        for index in torch.arange(len(images)).split(batch):
+            image = normalise(take(images, index, device)).contiguous(memory_format=torch.channels_last)
+            with autocast(device, precision):
+                f = net.embed(image, feature).float()
+                if flip: f = f + net.embed(image.flip(3), feature).float()
+            out.append(nn.functional.normalize(f))
+    finally: net.train(mode)
     return torch.cat(out)
 
 # %% ../nbs/23_loop.ipynb #85b868a2

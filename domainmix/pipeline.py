@@ -9,9 +9,8 @@ __all__ = ['PAPER', 'SMALL', 'PRESETS', 'METHODS', 'TABLE', 'TINY', 'WORLD', 'N_
            'keep_net', 'load_net', 'fresh_net', 'stage0', 'stage1', 'refined', 'choose_labels', 'mixture', 'stage2',
            'stage3', 'as_used', 'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned', 'progress',
            'claim', 'label_statistics', 'scores', 'metrics', 'load_config', 'describe', 'run', 'run_folder',
-           'result_text', 'labels_text', 'label', 'find_net', 'open_net', 'run_of', 'used_as', 'evaluate_model',
-           'embed', 'quoted', 'row', 'table', 'cell', 'table_text', 'gains_text', 'demo', 'value', 'report_errors',
-           'main']
+           'result_text', 'labels_text', 'label', 'find_net', 'open_net', 'run_of', 'evaluate_model', 'embed', 'quoted',
+           'row', 'table', 'cell', 'table_text', 'gains_text', 'demo', 'value', 'report_errors', 'main']
 
 # %% ../nbs/60_pipeline.ipynb #016bb67f
 import argparse, contextlib, difflib, errno, json, os, shutil, sys, time, warnings
@@ -321,8 +320,9 @@ def read_inputs(config: RunConfig, roles=("synthetic", "real", "target")) -> Inp
 
 # %% ../nbs/60_pipeline.ipynb #efcf0af0
 def keep_net(net: ReIDNet, config: RunConfig, folder: Path) -> Path:
-    "Write the network, with its architecture and image size in the file's header."
-    return save_weights(Path(folder)/"model.safetensors", net, backbone=to_dict(config.net), height=config.height, width=config.width)
+    "Write the network, with its architecture, its image size and its way to make features in the file's header."
+    return save_weights(Path(folder)/"model.safetensors", net, backbone=to_dict(config.net), height=config.height, width=config.width,
+                        feature=config.feature, flip=config.flip)
 
 def load_net(path: str | Path,                # a stage's folder, or a .safetensors file
              net: BackboneConfig | None = None # the architecture, for files that do not say; None: as the file says
@@ -421,7 +421,7 @@ N_PROBE = 2000  # images of each domain that the probe sees
 
 def as_used(config: RunConfig) -> dict:
     "How a run makes the features that it is judged by."
-    return {"feature": config.feature, "flip": config.flip, "device": pick_device(config.device)}
+    return {"feature": config.feature, "flip": config.flip, "device": config.device}
 
 def ranking(query: Part, gallery: Part, net: ReIDNet,
             **use: Any # what `evaluate` takes; of a run: `as_used`
@@ -482,7 +482,7 @@ def start_key(config: RunConfig) -> str | None:
 
 def evaluations(stages: list[Stage], config: RunConfig, inputs: Inputs) -> list[Stage]:
     "The stages that measure the network of each stage, or of the last alone."
-    found, how = [], {"flip": config.flip, "feature": config.feature}
+    found, how = [], {k: v for k, v in as_used(config).items() if k not in APART}
     nets = [s for s in stages if "/" not in s.name]
     for s in nets if config.all_stages else nets[-1:]:
         if inputs.query is not None:
@@ -671,16 +671,17 @@ def open_net(model: str | Path, config: RunConfig | None = None, data: str | Pat
     config = config or RunConfig()
     return net, height or config.height, width or config.width
 
-def run_of(model: str | Path, data: str | Path = "data") -> RunConfig:
-    "The settings of the run that made the model: its world, its way to make features; the bare defaults for a file from elsewhere."
-    for folder in find_net(model, data).absolute().parents[:4]:
-        if (folder/"config.json").is_file(): return load_config(folder/"config.json")[0]
-    return RunConfig()
-
-def used_as(model: str | Path, feature: str | None, flip: bool | None, device: str, data: str | Path) -> RunConfig:
-    "The settings of the model's run, with those that are given in their place."
-    given = {"feature": feature, "flip": flip, "device": device}
-    return with_overrides(run_of(model, data), {k: v for k, v in given.items() if v is not None})
+def run_of(model: str | Path,        # what `find_net` finds
+           data: str | Path = "data",
+           **given: Any              # settings that take the place of the run's; None: they do not
+          ) -> RunConfig:
+    "The settings of the run that made the model; of a file that has left its run, what its header says."
+    path = find_net(model, data)
+    inside = (path.parent/"stage.json").is_file()     # a config.json beside any other file is somebody else's
+    homes = [f for f in path.absolute().parents[:4] if inside and (f/"config.json").is_file()]
+    header = lambda: {k: v for k, v in about_weights(path).items() if k in ("feature", "flip")}
+    made = load_config(homes[0]/"config.json")[0] if homes else with_overrides(RunConfig(), header())
+    return with_overrides(made, {k: v for k, v in given.items() if v is not None})
 
 # %% ../nbs/60_pipeline.ipynb #6c4effe0
 def evaluate_model(model: str | Path,             # what `find_net` finds
@@ -692,7 +693,7 @@ def evaluate_model(model: str | Path,             # what `find_net` finds
                    flip: bool | None = None,      # average with the mirror image's feature; None: as the model's run did
                    device: str = "auto", data: str = "data") -> dict:
     "Scores of a trained network on a target."
-    (net, height, width), made = open_net(model, config, data), used_as(model, feature, flip, device, data)
+    (net, height, width), made = open_net(model, config, data), run_of(model, data, feature=feature, flip=flip, device=device)
     inputs = read_inputs(configure(target=target, pattern=pattern, height=height, width=width, skip_bad=skip_bad, data=data,
                                    world=made.world), ("target",))
     return ranking(inputs.query, inputs.gallery, net, **as_used(made))
@@ -708,7 +709,7 @@ def embed(model: str | Path,      # what `find_net` finds
           device: str = "auto", data: str = "data") -> np.ndarray:
     "Features of all images of a data set, float32 (N, D), L2-normalised."
     net, height, width = open_net(model, config, data)
-    use = as_used(used_as(model, feature, flip, device, data))
+    use = as_used(run_of(model, data, feature=feature, flip=flip, device=device))
     parts = [decode(r, configure(height=height, width=width, skip_bad=skip_bad, data=data)) for r in read_dataset(images).splits.values()]
     features = np.concatenate([extract(net, p.images, **use) for p in parts])
     out = Path(out).with_suffix(".npy")
