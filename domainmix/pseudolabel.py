@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['dbscan', 'alone', 'disagreement', 'lowest', 'independence_threshold', 'believed', 'ClusterConfig', 'Clusters',
-           'cluster', 'compact', 'assign', 'refine', 'refinement', 'label_quality', 'PseudoLabels', 'pseudo_labels',
-           'save_labels', 'load_labels']
+           'cluster', 'cluster_graph', 'compact', 'assign', 'refine', 'refinement', 'label_quality', 'sweep',
+           'PseudoLabels', 'pseudo_labels', 'save_labels', 'load_labels']
 
 # %% ../nbs/31_pseudolabel.ipynb #a476a023
 import csv, dataclasses
@@ -19,7 +19,8 @@ from scipy.sparse.csgraph import connected_components
 
 # %% ../nbs/31_pseudolabel.ipynb #472ae7aa
 from .core import DomainMixError, load_arrays, reading, save_arrays, write_atomic
-from .neighbours import jaccard_graph, unit
+from .knn import unit
+from .neighbours import jaccard_graph
 
 # %% ../nbs/31_pseudolabel.ipynb #b0d4537e
 def dbscan(graph: sparse.csr_array, # (N, N) symmetric distances, complete up to `eps`, diagonal and zeros kept
@@ -134,13 +135,27 @@ def cluster(features: torch.Tensor | np.ndarray,    # (N, D)
     "Clusters of images, and which of them to believe."
     x = unit(features)
     c = config.resolved(len(x))
-    graph = jaccard_graph(x, c.k1, c.k2, max_distance=c.eps + c.eps_gap)
+    return cluster_graph(jaccard_graph(x, c.k1, c.k2, max_distance=c.eps + c.eps_gap), c, threshold)
+
+def cluster_graph(graph: sparse.csr_array,         # (N, N) what `jaccard_graph` gives, complete up to eps + eps_gap
+                  config: ClusterConfig = ClusterConfig(), # what reach; the neighbours are the graph's
+                  threshold: float | None = None   # of independence, from epoch 0; None: measure it now
+                 ) -> Clusters:
+    "`cluster`, of a graph that is there already."
+    c = config.resolved(graph.shape[0])
+    _complete(graph, c.eps + c.eps_gap)
     labels, tight, loose = (dbscan(graph, e, c.min_samples) for e in (c.eps, c.eps - c.eps_gap, c.eps + c.eps_gap))
     _enough(labels, c)
     comp, indep = disagreement(labels, tight), disagreement(labels, loose)
     if threshold is None: threshold = independence_threshold(labels, indep)
     reliable = believed(labels, comp, indep, threshold) if c.reliability else labels >= 0
     return Clusters(labels, tight, loose, comp, indep, float(threshold), reliable)
+
+def _complete(graph: sparse.csr_array, eps: float) -> None:
+    "Refuse to look further than the graph goes."
+    if eps > getattr(graph, "max_distance", 1.0) + 1e-9:
+        raise DomainMixError(f"the graph holds distances up to {graph.max_distance:g}, and eps reaches to {eps:g}",
+                             f"compute it with max_distance={eps:g} or more")
 
 def _enough(labels: np.ndarray, c: ClusterConfig) -> None:
     "Refuse clusterings that cannot tell people apart."
@@ -224,6 +239,22 @@ def _counts(label, pid):
     (l, sizes), (p, people) = (np.unique(a, return_counts=True) for a in (label, pid))
     cell, n = np.unique(np.searchsorted(l, label) * max(1, len(p)) + np.searchsorted(p, pid), return_counts=True)
     return (cell // max(1, len(p)), n), sizes, people
+
+# %% ../nbs/31_pseudolabel.ipynb #031387f2
+def sweep(graph: sparse.csr_array,       # (N, N) complete up to the largest eps
+          eps: np.ndarray,               # the reaches to try
+          min_samples: int = 4,          # neighbours of a core point, itself included
+          pid: np.ndarray | None = None  # int (N,), true identities where they are known, to mark the labels
+         ) -> list[dict[str, float]]:
+    "One row an eps: clusters, outliers (share), largest; with `pid` also what `label_quality` says."
+    _complete(graph, max(eps))
+    rows = []
+    for e in eps:
+        labels = dbscan(graph, e, min_samples)
+        size = np.bincount(labels[labels >= 0], minlength=1)
+        row = dict(eps=float(e), clusters=int((size > 0).sum()), outliers=float((labels < 0).mean()), largest=int(size.max()))
+        rows.append(row if pid is None else label_quality(labels, pid) | row)
+    return rows
 
 # %% ../nbs/31_pseudolabel.ipynb #9efee76b
 @dataclass

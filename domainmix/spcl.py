@@ -22,7 +22,7 @@ from .backbone import DomainBatchNorm, ReIDNet, from_domain_bn, set_bn_domain, t
 from .batches import AugmentConfig, PKSampler, TrainSet, augment
 from .core import DomainMixError, autocast, from_dict, generator, pick_device, to_dict
 from .loop import Run, adam, class_means, data_key, embed_images, lr_schedule, place, set_lr, take, weights_key
-from .neighbours import camera_centre
+from .knn import camera_centre
 from .pseudolabel import ClusterConfig, Clusters, alone, assign, cluster, label_quality
 
 # %% ../nbs/32_spcl.ipynb #905d77dd
