@@ -178,16 +178,16 @@ def in_fewer_dimensions(c: torch.Tensor, # (N, D)
     left = (c - low @ B.T).norm(dim=1)
     return low, left*left.max() + _slack(c)
 
-# %% ../nbs/29_knn.ipynb #97a1f97a
+# %% ../nbs/29_knn.ipynb #843ec5ac
 def certified(x: torch.Tensor,    # (N, D) unit rows
               k: int,             # neighbours wanted
               low: torch.Tensor,  # (N, d) a cheap stand-in for the centred features
               bias: torch.Tensor, # (N,) what `centred` gives
-              off: torch.Tensor,  # (N,) by how much the products of `low` may be off
+              off: torch.Tensor | None, # (N,) by how much the products of `low` may be off; None: no proof is asked for
               best,               # `best_by_rows` or `best_symmetric`
               m: int | None = None # candidates; None: 2 k + 4
              ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    "The exact `k` best products and columns of each row, and how many rows had to be done in full."
+    "The `k` best products and columns of each row, proven to be exact, and how many rows had to be done in full."
     n = len(x)
     m = min(n, m or 2*k + 4)
     rough, column = best(low, m, bias=bias)
@@ -195,17 +195,17 @@ def certified(x: torch.Tensor,    # (N, D) unit rows
                        for i in torch.arange(n, device=x.device).split(max(1, 2**20 // m))])
     value, order = value.topk(k)
     column = column.gather(1, order)
-    doubt = torch.zeros(n, dtype=torch.bool, device=x.device) if m == n else value[:, -1] <= rough[:, -1] + off
-    again = doubt.nonzero()[:, 0]
+    if m == n or off is None: return value, column, 0
+    again = (value[:, -1] <= rough[:, -1] + off).nonzero()[:, 0]
     if len(again): value[again], column[again] = best_by_rows(x, k, again)
     return value, column, len(again)
 
-# %% ../nbs/29_knn.ipynb #0ba76aff
+# %% ../nbs/29_knn.ipynb #48592e7c
 KNN_METHODS = ("auto", "fp32", "bf16", "pca", "faiss")
 
 def knn(features: torch.Tensor | np.ndarray, # (N, D); where they lie on a GPU, it does the work
         k: int,                              # neighbours of each, itself included; clipped to N
-        method: str = "auto",                # fp32; bf16 or pca (D/8 dimensions) with proof; faiss; auto: bf16 where it is fast, else fp32
+        method: str = "auto",                # fp32, bf16, faiss, or pca, which may miss some; auto: bf16 where it is fast, else fp32
         tile: int | None = None              # rows multiplied at once; None: what suits the method
        ) -> tuple[np.ndarray, np.ndarray]:
     "The `k` nearest of every row, nearest first, as (rank int32, similarity float32), both (N, k)."
@@ -223,7 +223,7 @@ def knn(features: torch.Tensor | np.ndarray, # (N, D); where they lie on a GPU, 
         if method == "fp32": similarity, rank = best(x, k)
         else:
             c, bias = centred(x)
-            low, off = in_bf16(c) if method == "bf16" else in_fewer_dimensions(c, max(1, x.shape[1] // 8))
+            low, off = in_bf16(c) if method == "bf16" else (in_fewer_dimensions(c, max(1, x.shape[1] // 8))[0], None)
             del c
             similarity, rank, _ = certified(x, k, low, bias, off, best)
     return rank.cpu().numpy(), similarity.cpu().numpy()

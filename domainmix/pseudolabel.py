@@ -11,6 +11,7 @@ __all__ = ['dbscan', 'alone', 'disagreement', 'lowest', 'independence_threshold'
 import csv, dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 # %% ../nbs/31_pseudolabel.ipynb #0e9d121b
 import numpy as np, torch
@@ -92,6 +93,7 @@ class ClusterConfig:
     eps_gap: float = 0.02           # how much tighter and looser the two other clusterings are
     min_samples: int | None = None  # neighbours of a core point, itself included; None: 4, with short lists 3
     reliability: bool = True        # leave out what the tighter and looser clusterings contradict
+    neighbours: Literal["auto", "fp32", "bf16", "faiss", "pca"] = "auto"  # how they are found, see `knn`
 
     def resolved(self,
                  n: int # images
@@ -135,7 +137,7 @@ def cluster(features: torch.Tensor | np.ndarray,    # (N, D)
     "Clusters of images, and which of them to believe."
     x = unit(features)
     c = config.resolved(len(x))
-    return cluster_graph(jaccard_graph(x, c.k1, c.k2, max_distance=c.eps + c.eps_gap), c, threshold)
+    return cluster_graph(jaccard_graph(x, c.k1, c.k2, max_distance=c.eps + c.eps_gap, method=c.neighbours), c, threshold)
 
 def cluster_graph(graph: sparse.csr_array,         # (N, N) what `jaccard_graph` gives, complete up to eps + eps_gap
                   config: ClusterConfig = ClusterConfig(), # what reach; the neighbours are the graph's
