@@ -278,6 +278,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                'domainmix.knn.in_bf16': ('knn.html#in_bf16', 'domainmix/knn.py'),
                                'domainmix.knn.in_fewer_dimensions': ('knn.html#in_fewer_dimensions', 'domainmix/knn.py'),
                                'domainmix.knn.knn': ('knn.html#knn', 'domainmix/knn.py'),
+                               'domainmix.knn.multiply_pairs': ('knn.html#multiply_pairs', 'domainmix/knn.py'),
                                'domainmix.knn.offer': ('knn.html#offer', 'domainmix/knn.py'),
                                'domainmix.knn.pair_products': ('knn.html#pair_products', 'domainmix/knn.py'),
                                'domainmix.knn.unit': ('knn.html#unit', 'domainmix/knn.py')},

@@ -7,8 +7,8 @@ __all__ = ['SUITES', 'resident', 'measured', 'machine', 'on_threads', 'bench_fea
            'bench_stage1', 'after_knn', 'dense_stage1', 'bench_growth', 'dense_ranking', 'bench_ranking',
            'bench_shortlist', 'bench', 'bench_text']
 
-# %% ../nbs/75_bench.ipynb #9ac29271
-import contextlib, os, platform, threading, time
+# %% ../nbs/75_bench.ipynb #5bb8fb91
+import contextlib, ctypes, os, platform, threading, time
 from pathlib import Path
 from typing import Any, Callable
 import numpy as np, torch
@@ -21,7 +21,7 @@ from .knn import best_by_rows, clouds, knn, offer, unit
 from .neighbours import encode, expand, jaccard, query_expansion, reciprocal
 from .pseudolabel import ClusterConfig, alone, cluster, cluster_graph, disagreement, independence_threshold, label_quality
 
-# %% ../nbs/75_bench.ipynb #1b0f820d
+# %% ../nbs/75_bench.ipynb #4c22288a
 def resident() -> int | None:
     "Bytes of this process in memory; None where the system does not say."
     try:
@@ -31,6 +31,7 @@ def resident() -> int | None:
 def measured(call: Callable[[], Any] # what to measure
             ) -> tuple[Any, dict[str, float | None]]:
     "What `call` gives, and its seconds and megabytes over the base."
+    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL("libc.so.6").malloc_trim(0)   # give back what was freed
     base, peak, done = resident(), [0], threading.Event()
     def watch():
         while not done.wait(0.01): peak[0] = max(peak[0], resident())

@@ -84,17 +84,19 @@ def autocast(device: str | torch.device, # where the forward pass runs
     on = precision == "bf16" or (precision == "auto" and bf16_is_fast(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
-# %% ../nbs/00_core.ipynb #d9ad4e09
+# %% ../nbs/00_core.ipynb #9c020302
 @functools.cache
-def compiled(loop: Callable # plain loops over numbers and arrays
+def compiled(loop: Callable,         # plain loops over numbers and arrays
+             any_order: bool = False # may sums be added up in the order that is fastest?
             ) -> Callable | None:
     "`loop` as machine code, kept on disk; None where numba is not installed."
     try: import numba
     except ImportError:
         warnings.warn("numba is not installed: neighbours and clusters are found in a slower way, with the same result (pip install numba)", stacklevel=2)
         return None
-    try: return numba.njit(cache=True, nogil=True)(loop)
-    except RuntimeError: return numba.njit(nogil=True)(loop)   # there is no folder to keep it in
+    options = dict(nogil=True, fastmath={"reassoc", "contract"} if any_order else False)
+    try: return numba.njit(cache=True, **options)(loop)
+    except RuntimeError: return numba.njit(**options)(loop)   # there is no folder to keep it in
 
 # %% ../nbs/00_core.ipynb #bf09943d
 def write_atomic(path: str | Path,              # the file to write; its folder is made if missing
