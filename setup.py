@@ -38,11 +38,13 @@ setup(
     python_requires=">=" + cfg["min_python"],
     install_requires=words("requirements"),
     extras_require={
-        # faiss makes the nearest neighbours faster. Take one of the two: they own the same folder.
+        # numba makes loops of stage 1 and evaluation fast; without it they run in a slower way.
+        "fast": words("fast_requirements"),
+        # Another way to find nearest neighbours. Take one of the two: they own the same folder.
         "cpu": words("cpu_requirements"),
         "gpu": words("gpu_requirements"),
         "notebooks": words("notebooks_requirements"),
-        "dev": words("dev_requirements") + words("notebooks_requirements"),
+        "dev": words("dev_requirements") + words("notebooks_requirements") + words("fast_requirements"),
     },
     entry_points={"console_scripts": words("console_scripts")},
     zip_safe=False,

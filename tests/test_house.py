@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import domainmix
@@ -147,6 +148,39 @@ def test_the_headless_check_notices(tmp_path):
     (tmp_path / "domainmix" / "bad.py").write_text("import matplotlib.pyplot")
     done = headless(tmp_path, ["bad"])
     assert done.returncode and "domainmix.bad: " in done.stderr and "matplotlib" in done.stderr
+
+
+WITHOUT_NUMBA = """
+import sys, warnings, numpy as np, torch
+torch.set_num_threads(1)
+from domainmix.knn import clouds
+from domainmix.pseudolabel import ClusterConfig, cluster
+from domainmix.evaluate import rank
+from domainmix.rerank import Rerank
+def answers():
+    x, pid, camera = clouds(40, 12, noise=1.0)
+    found = cluster(x, ClusterConfig(k1=12, k2=3))
+    q, g = slice(0, 80), slice(80, None)
+    scores = [rank(x[q], x[g], pid[q], pid[g], camera[q], camera[g], rerank=r) for r in (None, Rerank(8, 3))]
+    return [found.labels, found.labels_tight, found.labels_loose, found.r_comp, found.r_indep] + [s.average_precision for s in scores]
+if len(sys.argv) > 2: sys.modules["numba"] = None
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    np.savez(sys.argv[1], *answers())
+print(sum("numba" in str(w.message) for w in said))
+"""
+
+
+def test_clusters_and_scores_are_the_same_without_numba(tmp_path):
+    found = []
+    for name, *more in (("with",), ("without", "blocked")):
+        command = [sys.executable, "-c", WITHOUT_NUMBA, str(tmp_path / f"{name}.npz"), *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stderr
+        found.append([v for _, v in sorted(np.load(tmp_path / f"{name}.npz").items())])
+    assert int(done.stdout) >= 1, "it should say that numba is missing"
+    for a, b in zip(*found):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_version_and_author_stand_in_one_place():
