@@ -20,7 +20,8 @@ def _lists(rank: np.ndarray # (N, m) the first m neighbours of each
           ) -> sparse.csr_array:
     "Neighbour lists as a sparse 0/1 matrix whose rows keep the order of the lists."
     n, m = rank.shape
-    return sparse.csr_array((np.ones(n*m, np.float32), rank.astype(np.int32).ravel(), np.arange(0, n*m + 1, m)), shape=(n, n))
+    bounds = np.arange(0, n*m + 1, m, dtype=np.int32 if n*m < 2**31 else np.int64)      # half the memory from here on
+    return sparse.csr_array((np.ones(n*m, np.float32), rank.astype(np.int32).ravel(), bounds), shape=(n, n))
 
 def reciprocal(rank: np.ndarray, # (N, m) neighbour lists, nearest first
                k: int            # how many neighbours count, beside the point itself
