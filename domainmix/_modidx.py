@@ -341,6 +341,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
             'domainmix.pipeline': { 'domainmix.pipeline.Inputs': ('pipeline.html#inputs', 'domainmix/pipeline.py'),
                                     'domainmix.pipeline.Inputs.about': ('pipeline.html#inputs.about', 'domainmix/pipeline.py'),
                                     'domainmix.pipeline.Method': ('pipeline.html#method', 'domainmix/pipeline.py'),
+                                    'domainmix.pipeline.Method.last': ('pipeline.html#method.last', 'domainmix/pipeline.py'),
                                     'domainmix.pipeline.Part': ('pipeline.html#part', 'domainmix/pipeline.py'),
                                     'domainmix.pipeline.Part.pids': ('pipeline.html#part.pids', 'domainmix/pipeline.py'),
                                     'domainmix.pipeline.RunConfig': ('pipeline.html#runconfig', 'domainmix/pipeline.py'),

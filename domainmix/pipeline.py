@@ -109,9 +109,13 @@ def configure(*changes: dict, # nested or dotted settings, later ones win
 @dataclass(frozen=True)
 class Method:
     "What tells one row of a table from another."
-    labels: str      # labels of B in stages 2 and 3: none (B is not used), initial, refined, true
+    labels: str      # labels of B in stages 2 and 3: none (B is not used), initial, refined, true; adapted: stage 1 is the last
     loss: str | None # the loss of stage 3; None: there is no stage 3
     title: str       # how a table calls it
+    synthetic: bool = True # is A trained on?
+
+    @property
+    def last(self) -> str: return "stage1" if self.labels == "adapted" else "stage3" if self.loss else "stage2"
 
 METHODS = {
     "only-a": Method("none", None, "Only A"),
@@ -123,6 +127,8 @@ METHODS = {
     "domainmix-reverse": Method("refined", "reverse", "DomainMix (reversal)"),
     "labelled": Method("true", None, "true labels of B"),
     "labelled-db": Method("true", "db", "true labels, DomainMix (DB)"),
+    "only-b": Method("true", None, "Only B (true labels)", synthetic=False),
+    "stage1": Method("adapted", None, "stage 1 alone (SpCL)"),
 }
 TABLE = ("only-a", "directmix-initial", "directmix", "control", "domainmix-db", "domainmix-kl", "labelled")
 
@@ -344,10 +350,10 @@ def stage0(config: RunConfig, inputs: Inputs,
            folder: Path,            # where the network goes
            log: Log | None = None   # told once an epoch
           ) -> Path:
-    "A -> a network that knows A."
+    "A -> a network that knows A; of Only B, the same for B."
     net = fresh_net(config)
     if config.net.weights == "none" and config.pretrain.epochs:
-        a = train_set(inputs.synthetic.images, inputs.synthetic.records)
+        a = train_set(inputs.synthetic.images, inputs.synthetic.records) if METHODS[config.method].synthetic else mixture(config, inputs, None)
         net = train(net, a, config.pretrain, seed=config.seed, stage="stage0", device=config.device, folder=folder, log=log).net
     return keep_net(net, config, folder)
 
@@ -391,11 +397,12 @@ def mixture(config: RunConfig, inputs: Inputs,
             labels: Path | None # folder of the labels; None: not needed
            ) -> TrainSet:
     "A, and B with the labels that the method gives it."
-    (a, b), kind = (inputs.synthetic, inputs.real), METHODS[config.method].labels
-    a = train_set(a.images, a.records)
-    if kind == "none": return a
+    (a, b), m = (inputs.synthetic, inputs.real), METHODS[config.method]
+    if m.labels == "none": return train_set(a.images, a.records)
     table = load_labels(Path(labels)/"labels.npz") if labels else None
-    return union(a, train_set(b.images, b.records, 1, choose_labels(kind, table, b.pids())))
+    label = choose_labels(m.labels, table, b.pids())
+    if not m.synthetic: return train_set(b.images, b.records, 0, label)
+    return union(train_set(a.images, a.records), train_set(b.images, b.records, 1, label))
 
 def stage2(config: RunConfig, inputs: Inputs,
            start: Path,              # folder of the network to start from
@@ -453,12 +460,14 @@ def plan(config: RunConfig,     # checked
         log = Log(Path(store)/"log.jsonl", run=name, seed=config.seed)
         stages[kind] = Stage(name, Path(store)/name, {**common, **settings}, lambda f: make(f, log), after)
         return stages[kind]
-    first = step("stage0", lambda f, log: stage0(config, inputs, f, log), net=config.net, weights=start_key(config),
-                 pretrain=config.pretrain if config.net.weights == "none" else None)
+    first = step("stage0", lambda f, log: stage0(config, inputs, f, log), variant="" if m.synthetic else "real", net=config.net,
+                 weights=start_key(config), pretrain=config.pretrain if config.net.weights == "none" else None,
+                 **({} if m.synthetic else {"b": b}))
     labels, before = None, (first,)
-    if m.labels in ("initial", "refined") or (config.start == "stage1" and m.labels != "none"):
+    if m.synthetic and (m.labels in ("initial", "refined", "adapted") or (config.start == "stage1" and m.labels != "none")):
         labels = step("stage1", lambda f, log: stage1(config, inputs, first.folder, f, log), first, b=b, spcl=config.spcl)
         if config.start == "stage1": before = (labels,)
+    if m.labels == "adapted": return list(stages.values())
     if m.labels == "refined":
         raw, bounds = labels, {"lower": config.lower, "upper": config.upper}
         labels = step("stage1/refined", lambda f, log: refined(config, raw.folder, f), raw, **bounds)
@@ -468,7 +477,7 @@ def _mixed(config, inputs, step, stages, before, labels, b):
     "The plan's second half: stages 2 and 3."
     m, start, where = METHODS[config.method], before[0].folder, labels and labels.folder
     needs = (*before, *([labels] if labels and labels not in before else []))
-    s2 = step("stage2", lambda f, log: stage2(config, inputs, start, where, f, log), *needs, variant=m.labels,
+    s2 = step("stage2", lambda f, log: stage2(config, inputs, start, where, f, log), *needs, variant=m.labels if m.synthetic else "real",
               stage2=config.stage2, labels=m.labels, **b)
     if m.loss: step("stage3", lambda f, log: stage3(config, inputs, s2.folder, where, f, log), s2,
                     variant=f"{m.labels}-{m.loss}", stage3=config.stage3, labels=m.labels, **b)
@@ -555,7 +564,7 @@ def label_statistics(inputs: Inputs,
                     ) -> dict:
     "What labels of B are like, and how good where the truth is known."
     label = load_labels(folder/"labels.npz")
-    label, truth = label.before if kind == "initial" else label.label, inputs.real.pids()
+    label, truth = label.label if kind == "refined" else label.before, inputs.real.pids()
     about = {"kind": kind, "images": len(label), "clusters": int(label.max(initial=-1) + 1), "outliers": int((label < 0).sum())}
     return {**about, **({k: float(v) for k, v in label_quality(label, truth).items() if k not in about} if truth is not None else {})}
 
@@ -569,7 +578,7 @@ def scores(stage: Stage, checks: list[Stage]) -> dict:
 def metrics(config: RunConfig, inputs: Inputs, stages: list[Stage], checks: list[Stage]) -> dict:
     "The result of a finished run."
     kind, nets = METHODS[config.method].labels, [s for s in stages if "/" not in s.name]
-    where = {"initial": "stage1", "refined": "stage1/refined"}.get(kind)
+    where = {"initial": "stage1", "adapted": "stage1", "refined": "stage1/refined"}.get(kind)
     labels = next((label_statistics(inputs, s.folder, kind) for s in stages if s.name == where), None)
     return {"method": config.method, "seed": config.seed, **scores(nets[-1], checks), "labels": labels,
             "stages": {s.name: scores(s, checks) for s in nets} if config.all_stages else {},
@@ -659,7 +668,7 @@ def find_net(model: str | Path,       # a .safetensors file, a stage's folder, a
         if (path/"config.json").is_file():
             about = load_json(path/"config.json")
             if "methods" in about: raise DomainMixError(f"{path} is a table of many runs", f"name one of its stages, such as {path}/seed0/stage2-refined")
-            last = "stage3" if METHODS[about["method"]].loss else "stage2"
+            last = METHODS[about["method"]].last
             if not (path/last/"model.safetensors").is_file():
                 raise DomainMixError(f"the run in {path} has not finished its {last}", "run it to its end, or name the folder of a stage")
             return path/last/"model.safetensors"
