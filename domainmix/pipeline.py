@@ -742,7 +742,8 @@ def table(base: RunConfig,               # its method and seed are replaced
           methods: tuple = TABLE,        # keys of `METHODS`
           seeds: tuple = (0, 1, 2),      # one seed a repetition
           update: bool = False, fresh: bool = False,
-          tell: Callable[[str], None] = tqdm.write # told of each row as it is finished
+          tell: Callable[[str], None] = tqdm.write, # told of each row as it is finished
+          keep_going: bool = False       # a row that fails says so under `error`, and the others are done
          ) -> list[dict]:
     "Do every method with every seed; gives the rows that table.json holds."
     home, rows = run_folder(base), []
@@ -754,8 +755,12 @@ def table(base: RunConfig,               # its method and seed are replaced
         claim(home, describe(base, inputs, methods=list(methods), seeds=list(seeds)), everything, update, fresh)
         with progress(everything, base.run) as do:
             for config, stages, checks in plans:
-                do(stages + checks)
-                rows.append(row(metrics(config, inputs, stages, checks), stages[-1].folder.relative_to(home)))
+                try:
+                    do(stages + checks)
+                    rows.append(row(metrics(config, inputs, stages, checks), stages[-1].folder.relative_to(home)))
+                except DomainMixError as e:
+                    if not keep_going: raise
+                    rows.append({"method": config.method, "seed": config.seed, **dict.fromkeys(SCORES), "error": str(e)})
                 save_json(home/"table.json", rows)
                 tell(f"seed {config.seed}  {METHODS[config.method].title:<32} mAP {cell(rows[-1:], 'mAP')}")
     return rows
