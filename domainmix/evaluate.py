@@ -17,7 +17,7 @@ from torch.nn import functional as F
 # %% ../nbs/50_evaluate.ipynb #da708ab0
 from .core import DomainMixError, compiled, generator, pick_device
 from .data import Records
-from .knn import unit
+from .knn import true_products, unit
 from .loop import embed_images
 from .rerank import Rerank, reranked
 
@@ -37,15 +37,17 @@ def count_nearer(distance: np.ndarray, # float32 (B, G)
                  own: np.ndarray,      # float32 (B, M), the rest +inf
                  nearer: np.ndarray    # int64 (B, M), written
                 ) -> None:
-    "How many distances are at most each of `own`, as a loop to compile: one comparison, no branch."
+    "How many distances are at most each of `own`, as a loop to compile: one comparison, no branch, on pieces that stay in the cache."
     for i in range(len(own)):
-        row = distance[i]
-        for m in range(own.shape[1]):
-            limit = own[i, m]
-            if limit < np.inf:
-                n = np.int32(0)
-                for j in range(len(row)): n += row[j] <= limit
-                nearer[i, m] = n
+        nearer[i] = 0
+        for first in range(0, distance.shape[1], 4096):
+            piece = distance[i, first:first + 4096]
+            for m in range(own.shape[1]):
+                limit = own[i, m]
+                if limit < np.inf:
+                    n = np.int32(0)
+                    for j in range(len(piece)): n += piece[j] <= limit
+                    nearer[i, m] += n
 
 def _counts(distance: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     "The same by whole-array operations; `own` is sorted."
@@ -59,9 +61,9 @@ def count_places(distance: torch.Tensor, # (B, G), junk at +inf
                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "For each right answer, nearest first: its place, c / a, and whether it is one; all (B, M)."
     own = own.sort(1).values
-    loop = compiled(count_nearer) if own.device.type == "cpu" else None
+    loop = compiled(count_nearer) if own.device.type == "cpu" and own.shape[1] <= 64 else None   # beyond, a search in `own` is less work
     if loop:
-        everything = torch.full(own.shape, distance.shape[1])
+        everything = torch.empty(own.shape, dtype=torch.int64)
         loop(distance.numpy(), own.numpy(), everything.numpy())
     else: everything = _counts(distance, own)
     right = torch.searchsorted(own, own, right=True)
@@ -87,6 +89,13 @@ class Ranking:
                     queries=len(self.first) - self.n_skipped, skipped=self.n_skipped)
 
 # %% ../nbs/50_evaluate.ipynb #75938863
+def _whole(numbers, what: str) -> torch.Tensor:
+    "Whole numbers as a tensor."
+    try: t = torch.as_tensor(numbers)
+    except (TypeError, ValueError) as e: raise DomainMixError(f"the {what} are no numbers ({e})", "number people and cameras") from None
+    if t.is_floating_point() or t.is_complex(): raise DomainMixError(f"the {what} are {t.dtype}", "give whole numbers")
+    return t
+
 def _inputs(query, gallery, query_pid, gallery_pid, query_camera, gallery_camera):
     "The six inputs as tensors of matching length on one device; cameras -1 where none are given."
     query, gallery = unit(query, "query features"), unit(gallery, "gallery features")
@@ -97,7 +106,7 @@ def _inputs(query, gallery, query_pid, gallery_pid, query_camera, gallery_camera
     tables = []
     for name, x, pid, camera in (("query", query, query_pid, query_camera), ("gallery", gallery, gallery_pid, gallery_camera)):
         camera = np.full(len(x), -1) if camera is None else camera
-        pid, camera = (torch.as_tensor(t, device=query.device) for t in (pid, camera))
+        pid, camera = (_whole(t, f"{name} {what}").to(query.device) for t, what in ((pid, "pids"), (camera, "cameras")))
         if not pid.shape == camera.shape == x.shape[:1]:
             raise DomainMixError(f"{len(x)} {name} features, pids of shape {tuple(pid.shape)}, cameras of shape {tuple(camera.shape)}", "give one of each an image")
         tables += [pid.long(), camera.long()]
@@ -125,15 +134,18 @@ def rank(query: torch.Tensor | np.ndarray,     # (Q, D) features; where they lie
         ) -> Ranking:
     "mAP, mINP and CMC of queries against a gallery, without the junk, in chunks and without a full sort."
     query, gallery, q_pid, q_camera, g_pid, g_camera = _inputs(query, gallery, query_pid, gallery_pid, query_camera, gallery_camera)
-    if topk < 1: raise DomainMixError(f"topk={topk}", "give topk >= 1")
+    for name, n in (("topk", topk), ("chunk", 1 if chunk is None else chunk)):
+        if n < 1 or n != int(n): raise DomainMixError(f"{name}={n}", f"give a whole number {name} >= 1")
     known = g_pid >= 0
     if not known.all(): gallery, g_camera, g_pid = gallery[known], g_camera[known], g_pid[known]
+    if not torch.isin(q_pid, g_pid).any(): return _means(*np.zeros((4, len(query))), topk)      # says that nobody can be found
     pids, order = g_pid.sort()
     distances = reranked(query, gallery, rerank) if rerank else lambda part: (query[part] @ gallery.T).neg_()
     ap, trapezoid, inp, first = (torch.zeros(len(query), dtype=torch.float64, device=query.device) for _ in range(4))
     for part in torch.arange(len(query), device=query.device).split(chunk or max(1, 2**22 // max(1, len(g_pid)))):
         if not torch.isin(q_pid[part], pids).any(): continue
-        place, precision, real = _chunk_places(distances(part), q_pid[part], q_camera[part], pids, order, g_camera)
+        with true_products(query.device): distance = distances(part)
+        place, precision, real = _chunk_places(distance, q_pid[part], q_camera[part], pids, order, g_camera)
         j, m = torch.arange(1, place.shape[1] + 1, device=place.device), real.sum(1).clamp(min=1)
         before = torch.where(place > 1, (j - 1) / (place - 1).double(), 1.0)
         mean = lambda v: v.masked_fill(~real, 0).sum(1) / m
@@ -175,7 +187,8 @@ def ranked_list(query: torch.Tensor | np.ndarray,     # (Q, D) features
     query, gallery, q_pid, q_camera, g_pid, g_camera = _inputs(query, gallery, query_pid, gallery_pid, query_camera, gallery_camera)
     parts = []
     for q, p, c in zip(*(t.split(max(1, 2**22 // len(gallery))) for t in (query, q_pid, q_camera))):
-        s, same = q @ gallery.T, p[:, None] == g_pid
+        with true_products(query.device): s = q @ gallery.T
+        same = p[:, None] == g_pid
         junk = (g_pid < 0) | (same & (c[:, None] == g_camera) & (c[:, None] >= 0))
         s, at = (s if with_junk else s.masked_fill(junk, -torch.inf)).topk(min(topk, len(gallery)))
         flag = torch.where(junk.gather(1, at), -1, same.gather(1, at).long())

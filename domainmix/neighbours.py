@@ -13,7 +13,7 @@ from scipy import sparse
 
 # %% ../nbs/30_neighbours.ipynb #446f25b2
 from .core import DomainMixError, compiled
-from .knn import camera_centre, clouds, knn, pair_products, unit
+from .knn import knn, pair_products, unit
 
 # %% ../nbs/30_neighbours.ipynb #456f91e9
 def _lists(rank: np.ndarray # (N, m) the first m neighbours of each
@@ -139,10 +139,15 @@ def meet_by_arrays(first, last, indptr, indices, data, ends, rows, values, place
     return np.bincount(pair//wide, minlength=last - first), (pair % wide + first).astype(np.int32), s[pair]
 
 # %% ../nbs/30_neighbours.ipynb #57dadcc9
+def _collapsed() -> DomainMixError:
+    return DomainMixError("so many images share all their neighbours that the graph would be a full matrix: more than 1,000 pairs an image",
+                          "look for features that have collapsed to a point, or for thousands of copies of one image")
+
 class Meetings:
     "The sums of minima between rows of `V`; calling it gives all pairs i <= j with a sum of at least `least`, as (i, j, sum)."
     def __init__(self,
-                 V: sparse.csr_array # (N, N) non-negative, one row a point, columns in order
+                 V: sparse.csr_array, # (N, N) non-negative, one row a point, columns in order
+                 tile: int | None = None # rows at once; None: what suits the loop
                 ):
         self.n, number = V.shape[0], np.arange(V.nnz, dtype=V.indices.dtype)
         by_column = sparse.csr_array((number, V.indices, V.indptr), shape=V.shape).tocsc()
@@ -152,6 +157,8 @@ class Meetings:
         self.loop = compiled(meet)
         if self.loop:   # no index is negative, and a loop that knows it is a third faster
             self.arrays = [a.view(f"u{a.itemsize}") if a.dtype.kind == "i" else a for a in self.arrays]
+        self.tile = tile or (4096 if self.loop else max(1, 2**18 // self.n))
+        if (np.diff(by_column.indptr).astype(float)**2).sum() > 1e5*self.n + 1e9: raise _collapsed()
 
     def __call__(self,
                  least: float,            # smaller sums are not kept, nor are zeros
@@ -160,10 +167,13 @@ class Meetings:
                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         last = self.n if last is None else last
         least = np.maximum(np.float32(least), np.nextafter(np.float32(0), np.float32(1)))
-        tile = 4096 if self.loop else max(1, 2**18 // self.n)
-        sums = lambda i: (self.loop or meet_by_arrays)(i, min(i + tile, last), *self.arrays, least)
+        parts, found, most = [], 0, 4_000_000 + 1000*self.n
+        def sums(i): return (self.loop or meet_by_arrays)(i, min(i + self.tile, last), *self.arrays, least) if found <= most else None
         with ThreadPoolExecutor(torch.get_num_threads() if self.loop else 1) as pool:
-            parts = list(pool.map(sums, range(first, last, tile)))
+            for part in pool.map(sums, range(first, last, self.tile)):
+                found += 0 if part is None else len(part[1])
+                if found > most: raise _collapsed()
+                parts.append(part)
         count, j, s = (np.concatenate(p) for p in zip(*parts))
         return np.repeat(np.arange(first, last, dtype=np.int32), count), j, s
 
@@ -208,13 +218,15 @@ def jaccard_graph(features: torch.Tensor | np.ndarray,  # (N, D)
                   k2: int = 6,                   # rows averaged by local query expansion; 1: none
                   max_distance: float = 1.0,     # pairs that are further apart are left out
                   ranks: np.ndarray | None = None, # (N, >= k1) neighbour lists, where they are known already
+                  similarity: np.ndarray | None = None, # float32 (N, >= k1), their products, where those are known too
                   method: str = "auto"           # of finding them, see `knn`
                  ) -> sparse.csr_array:
     "The k-reciprocal Jaccard distance as a sparse symmetric graph: an absent pair is further than `max_distance`."
     x = unit(features)
     for name, value in (("k1", k1), ("k2", k2)):
-        if value < 1: raise DomainMixError(f"{name}={value}", f"give {name} >= 1")
+        if value < 1 or value != int(value): raise DomainMixError(f"{name}={value}", f"give a whole number {name} >= 1")
     if not 0 < max_distance <= 1: raise DomainMixError(f"max_distance={max_distance}", "give a distance above 0 and at most 1")
-    rank, similarity = knn(x, k1, method) if ranks is None else (_checked(ranks, len(x), k1), None)
+    if ranks is None: rank, similarity = knn(x, k1, method)
+    else: rank, similarity = _checked(ranks, len(x), k1), None if similarity is None else np.asarray(similarity, np.float32)[:, :k1]
     V = encode(x, expand(reciprocal(rank, k1), reciprocal(rank, round(k1/2))), rank, similarity)
     return jaccard(query_expansion(V, rank, k2), max_distance)

@@ -24,11 +24,18 @@ from .knn import unit
 from .neighbours import jaccard_graph
 
 # %% ../nbs/31_pseudolabel.ipynb #b0d4537e
+def _complete(graph: sparse.csr_array, eps: float) -> None:
+    "Refuse an eps that is none, or one that looks further than the graph goes."
+    limit = getattr(graph, "max_distance", np.inf)      # a copy of the graph does not know
+    if not eps > 0: raise DomainMixError(f"eps={eps}", "give a distance above 0")
+    if eps > limit + 1e-9: raise DomainMixError(f"the graph holds distances up to {limit:g}, and eps reaches to {eps:g}", f"compute it with max_distance={eps:g} or more")
+
 def dbscan(graph: sparse.csr_array, # (N, N) symmetric distances, complete up to `eps`, diagonal and zeros kept
            eps: float,              # the reach
            min_samples: int         # neighbours within reach that make a core point, itself included
           ) -> np.ndarray:
     "The labels (N,) of scikit-learn's DBSCAN on the dense matrix; -1 for outliers."
+    _complete(graph, eps)
     n, edges = graph.shape[0], graph.tocoo()
     near = edges.data <= np.float32(eps)
     i, j = edges.row[near], edges.col[near]
@@ -145,19 +152,12 @@ def cluster_graph(graph: sparse.csr_array,         # (N, N) what `jaccard_graph`
                  ) -> Clusters:
     "`cluster`, of a graph that is there already."
     c = config.resolved(graph.shape[0])
-    _complete(graph, c.eps + c.eps_gap)
     labels, tight, loose = (dbscan(graph, e, c.min_samples) for e in (c.eps, c.eps - c.eps_gap, c.eps + c.eps_gap))
     _enough(labels, c)
     comp, indep = disagreement(labels, tight), disagreement(labels, loose)
     if threshold is None: threshold = independence_threshold(labels, indep)
     reliable = believed(labels, comp, indep, threshold) if c.reliability else labels >= 0
     return Clusters(labels, tight, loose, comp, indep, float(threshold), reliable)
-
-def _complete(graph: sparse.csr_array, eps: float) -> None:
-    "Refuse to look further than the graph goes."
-    if eps > getattr(graph, "max_distance", 1.0) + 1e-9:
-        raise DomainMixError(f"the graph holds distances up to {graph.max_distance:g}, and eps reaches to {eps:g}",
-                             f"compute it with max_distance={eps:g} or more")
 
 def _enough(labels: np.ndarray, c: ClusterConfig) -> None:
     "Refuse clusterings that cannot tell people apart."
@@ -242,14 +242,16 @@ def _counts(label, pid):
     cell, n = np.unique(np.searchsorted(l, label) * max(1, len(p)) + np.searchsorted(p, pid), return_counts=True)
     return (cell // max(1, len(p)), n), sizes, people
 
-# %% ../nbs/31_pseudolabel.ipynb #031387f2
+# %% ../nbs/31_pseudolabel.ipynb #4ed39caf
 def sweep(graph: sparse.csr_array,       # (N, N) complete up to the largest eps
           eps: np.ndarray,               # the reaches to try
           min_samples: int = 4,          # neighbours of a core point, itself included
           pid: np.ndarray | None = None  # int (N,), true identities where they are known, to mark the labels
          ) -> list[dict[str, float]]:
     "One row an eps: clusters, outliers (share), largest; with `pid` also what `label_quality` says."
-    _complete(graph, max(eps))
+    if not len(eps): raise DomainMixError("no eps to try", "give some, such as np.linspace(.4, .8, 9)")
+    for e in eps:
+        if not 0 < e < 1: raise DomainMixError(f"eps={e}", "give distances above 0 and below 1: at distance 1 everything is near everything")
     rows = []
     for e in eps:
         labels = dbscan(graph, e, min_samples)

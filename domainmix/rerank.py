@@ -12,7 +12,7 @@ import numpy as np, torch
 
 # %% ../nbs/33_rerank.ipynb #d067a374
 from .core import DomainMixError
-from .knn import knn, unit
+from .knn import knn, true_products, unit
 from .neighbours import Meetings, encode, expand, query_expansion, reciprocal
 
 # %% ../nbs/33_rerank.ipynb #07324d62
@@ -31,7 +31,8 @@ class Rerank:
 def furthest(x: torch.Tensor # (N, D) unit rows
             ) -> torch.Tensor:
     "The largest squared distance of each row to any (N,)."
-    return torch.cat([2 - 2*(part @ x.T).amin(1) for part in x.split(max(16, 2**22 // len(x)))])
+    with true_products(x.device):
+        return torch.cat([2 - 2*(part @ x.T).amin(1) for part in x.split(max(16, 2**22 // len(x)))])
 
 # %% ../nbs/33_rerank.ipynb #8a522266
 def reranked(query: torch.Tensor,   # (Q, D) features
