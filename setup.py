@@ -40,11 +40,13 @@ setup(
     extras_require={
         # numba makes loops of stage 1 and evaluation fast; without it they run in a slower way.
         "fast": words("fast_requirements"),
+        # To export a network, and to run what was exported.
+        "onnx": words("onnx_requirements"),
         # Another way to find nearest neighbours. Take one of the two: they own the same folder.
         "cpu": words("cpu_requirements"),
         "gpu": words("gpu_requirements"),
         "notebooks": words("notebooks_requirements"),
-        "dev": words("dev_requirements") + words("notebooks_requirements") + words("fast_requirements"),
+        "dev": words("dev_requirements") + words("notebooks_requirements") + words("fast_requirements") + words("onnx_requirements"),
     },
     entry_points={"console_scripts": words("console_scripts")},
     zip_safe=False,
