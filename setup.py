@@ -40,6 +40,8 @@ setup(
     extras_require={
         # numba makes loops of stage 1 and evaluation fast; without it they run in a slower way.
         "fast": words("fast_requirements"),
+        # Any convolutional network of timm as a backbone.
+        "timm": words("timm_requirements"),
         # To export a network, and to run what was exported.
         "onnx": words("onnx_requirements"),
         # Another way to find nearest neighbours. Take one of the two: they own the same folder.

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'SMALL', 'PRESETS', 'METHODS', 'TABLE', 'TINY', 'WORLD', 'N_PROBE', 'APART', 'HOUSE', 'COLUMNS', 'SCORES',
-           'PAIRS', 'DEMO', 'DEMO_SEEDS', 'RunConfig', 'one_of', 'configure', 'Method', 'checked', 'Stage', 'cached',
-           'locked', 'Part', 'Inputs', 'decode', 'open_set', 'split_target', 'usable', 'whole', 'read_inputs',
-           'keep_net', 'load_net', 'fresh_net', 'stage0', 'stage1', 'refined', 'choose_labels', 'mixture', 'stage2',
-           'stage3', 'as_used', 'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned', 'progress',
-           'claim', 'label_statistics', 'scores', 'metrics', 'load_config', 'describe', 'run', 'run_folder',
-           'result_text', 'labels_text', 'label', 'find_net', 'open_net', 'run_of', 'evaluate_model', 'embed', 'quoted',
-           'row', 'table', 'cell', 'table_text', 'gains_text', 'demo', 'value', 'report_errors', 'main']
+           'PAIRS', 'DEMO', 'DEMO_SEEDS', 'RunConfig', 'one_of', 'settings_of', 'configure', 'Method', 'checked',
+           'Stage', 'cached', 'locked', 'Part', 'Inputs', 'decode', 'open_set', 'split_target', 'usable', 'whole',
+           'read_inputs', 'keep_net', 'load_net', 'fresh_net', 'stage0', 'stage1', 'refined', 'choose_labels',
+           'mixture', 'stage2', 'stage3', 'as_used', 'ranking', 'probing', 'plan', 'start_key', 'evaluations',
+           'planned', 'progress', 'claim', 'label_statistics', 'scores', 'metrics', 'load_config', 'describe', 'run',
+           'run_folder', 'result_text', 'labels_text', 'label', 'find_net', 'open_net', 'run_of', 'evaluate_model',
+           'embed', 'quoted', 'row', 'table', 'cell', 'table_text', 'gains_text', 'demo', 'value', 'report_errors',
+           'main']
 
 # %% ../nbs/60_pipeline.ipynb #016bb67f
 import argparse, contextlib, difflib, errno, json, os, shutil, sys, time, warnings
@@ -45,7 +46,7 @@ class RunConfig:
     run: str = "run"                 # name of the run; its folder is DATA/runs/RUN
     method: str = "domainmix-db"     # only-a, directmix-initial, directmix, control, domainmix-db, domainmix-kl, labelled, ...
     seed: int = 0                    # the one seed
-    backbone: str = "small"          # small, resnet50 or resnet50_ibn; each comes with settings of its own
+    backbone: str = "small"          # small, resnet50, resnet50_ibn, osnet, osnet_ibn, osnet_x0_25 or timm:NAME; each comes with settings of its own
     height: int = 64                 # rows of an image as the network sees it
     width: int = 32                  # columns
     pattern: str | None = None       # regular expression with groups pid and camera, for the file names of folder: sets
@@ -85,6 +86,7 @@ PRESETS = {
     "small": SMALL,
     "resnet50": {**PAPER, "net": {**PAPER["net"], "name": "resnet50", "ibn": False}},
     "resnet50_ibn": {**PAPER, "net": {**PAPER["net"], "name": "resnet50_ibn"}},
+    **{name: {**PAPER, "net": {**PAPER["net"], "name": name, "ibn": name == "osnet_ibn"}} for name in ("osnet", "osnet_ibn", "osnet_x0_25")},
 }
 
 # %% ../nbs/60_pipeline.ipynb #84076bd8
@@ -94,14 +96,19 @@ def one_of(name: str, known, what: str) -> str:
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4) or list(known)
     raise DomainMixError(f"unknown {what} {name!r}", f"did you mean {' or '.join(near)}? There are: {', '.join(known)}")
 
+def settings_of(backbone: str) -> dict:
+    "The settings that a backbone brings; a network of timm is trained as the paper trains ResNet-50."
+    if backbone.startswith("timm:"): return {**PAPER, "net": {**PAPER["net"], "name": backbone, "ibn": False}}
+    return PRESETS[one_of(backbone, PRESETS, "backbone")]
+
 def configure(*changes: dict, # nested or dotted settings, later ones win
               **more: Any     # top-level settings, such as real="folder:crops"
              ) -> RunConfig:
     "The defaults of the chosen backbone with `changes`."
     changes = [*changes, more]
     names = [c["backbone"] for c in changes if "backbone" in c]
-    name = one_of(names[-1] if names else "small", PRESETS, "backbone")
-    config = with_overrides(RunConfig(backbone=name), PRESETS[name])
+    name = names[-1] if names else "small"
+    config = with_overrides(RunConfig(backbone=name), settings_of(name))
     for c in changes: config = with_overrides(config, c)
     return config
 
@@ -136,7 +143,7 @@ TABLE = ("only-a", "directmix-initial", "directmix", "control", "domainmix-db", 
 def checked(config: RunConfig # as a person gave it
            ) -> RunConfig:
     "The config with its top-level settings handed down to the stages; refuses what cannot be meant."
-    one_of(config.backbone, PRESETS, "backbone")
+    settings_of(config.backbone)
     loss = METHODS[one_of(config.method, METHODS, "method")].loss
     if config.net.name != config.backbone:
         raise DomainMixError(f"the backbone is {config.backbone!r} and net.name is {config.net.name!r}",
