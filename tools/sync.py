@@ -57,6 +57,9 @@ def cleaned(text):
     for cell in nb["cells"]:
         if "outputs" in cell:
             cell["outputs"] = [o for o in cell["outputs"] if not is_progress(o)]
+            for output in cell["outputs"]:
+                if "image/jpeg" in output.get("data", {}):     # the same picture, five times as large
+                    output["data"].pop("image/png", None)
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
