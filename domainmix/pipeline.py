@@ -86,7 +86,8 @@ PRESETS = {
     "small": SMALL,
     "resnet50": {**PAPER, "net": {**PAPER["net"], "name": "resnet50", "ibn": False}},
     "resnet50_ibn": {**PAPER, "net": {**PAPER["net"], "name": "resnet50_ibn"}},
-    **{name: {**PAPER, "net": {**PAPER["net"], "name": name, "ibn": name == "osnet_ibn"}} for name in ("osnet", "osnet_ibn", "osnet_x0_25")},
+    **{name: {**PAPER, "net": {**PAPER["net"], "name": name, "ibn": "ibn" in name}} for name in ("osnet", "osnet_ibn", "osnet_x0_25")},
+    "osnet_ibn_x0_25": {**PAPER, "net": {**PAPER["net"], "name": "osnet_ibn_x0_25", "weights": "none"}},      # none are published
 }
 
 # %% ../nbs/60_pipeline.ipynb #84076bd8
