@@ -103,12 +103,12 @@ class Feed:
         self.images = place(data.images, device)
         self.label, self.domain = data.label.to(device), data.domain.to(device)
 
-    def __call__(self, epoch: int, player: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        "Endless (images, labels, domains) for one player in one epoch."
+    def __call__(self, epoch: int, player: str, views: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        "Endless (images, labels, domains) for one player in one epoch; `views`: how often the whole batch comes, each time augmented otherwise."
         pick = generator(self.seed, self.stage, epoch, player)
         alter = generator(self.seed, self.stage, epoch, player, "augment", device=self.device)
         while True:
-            index = self.sampler.sample(pick)
+            index = self.sampler.sample(pick).repeat(views)
             image = augment(take(self.images, index, self.device), self.augment, alter)
             index = index.to(self.device)
             yield image.contiguous(memory_format=torch.channels_last), self.label[index], self.domain[index]
