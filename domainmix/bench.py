@@ -19,7 +19,7 @@ from .core import DomainMixError, bf16_is_fast, compiled, generator, pick_device
 from .evaluate import _chunk_places, rank
 from .knn import best_by_rows, clouds, knn, offer, unit
 from .neighbours import jaccard_graph
-from .pseudolabel import ClusterConfig, alone, cluster, cluster_graph, disagreement, independence_threshold, label_quality
+from .pseudolabel import ClusterConfig, alone, cluster, cluster_graph, disagreement, label_quality
 
 # %% ../nbs/75_bench.ipynb #896dab5d
 def resident() -> int | None:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REPORT_RUNS', 'COMMANDS', 'USAGE', 'Run', 'Table', 'Label', 'Evaluate', 'Embed', 'Export', 'Presets', 'Tables',
-           'Bench', 'World', 'settings', 'do_run', 'do_table', 'do_label', 'sizes_text', 'architecture', 'in_common',
-           'do_evaluate', 'by_onnx', 'do_embed', 'do_presets', 'do_tables', 'do_bench', 'do_export', 'do_world',
-           'report_rows', 'drawn_pictures', 'write_report', 'early', 'defaults', 'parse', 'main']
+           'Bench', 'World', 'settings', 'do_run', 'at_least_one', 'do_table', 'do_label', 'sizes_text', 'architecture',
+           'in_common', 'do_evaluate', 'by_onnx', 'do_embed', 'do_presets', 'do_tables', 'do_bench', 'do_export',
+           'do_world', 'report_rows', 'drawn_pictures', 'write_report', 'early', 'defaults', 'parse', 'main']
 
 # %% ../nbs/80_cli.ipynb #08de9e06
 import shutil, sys
@@ -56,7 +56,7 @@ class Evaluate:
     model: str                      # a run's name or folder, a stage's folder, or a .safetensors file
     target: str                     # the data set to be tested on: market1501:DIR, msmt17:DIR, folder:DIR with a pattern, world, ...
     pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera
-    backbone: str | None = None     # the architecture, for a file that does not say: small, resnet50, resnet50_ibn
+    backbone: str | None = None     # the architecture, for a file that does not say, as in `domainmix run`
     skip_bad: bool = False          # leave unreadable images out, and count them
     feature: Literal["neck", "raw"] | None = None # after the BN neck, or before it; None: as the model's run did
     flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run did
@@ -71,7 +71,7 @@ class Embed:
     model: str | None = None        # a run's name or folder, a stage's folder, or a .safetensors file
     onnx: str | None = None         # instead of --model: an exported model.onnx, or its folder; onnxruntime does the work
     out: str = "features.npy"       # float32 (N, D), one row an image; the paths go into a .csv beside it
-    backbone: str | None = None     # the architecture, for a file that does not say: small, resnet50, resnet50_ibn
+    backbone: str | None = None     # the architecture, for a file that does not say, as in `domainmix run`
     skip_bad: bool = False          # leave unreadable images out, and count them
     feature: Literal["neck", "raw"] | None = None # after the BN neck, or before it; None: as the model's run did
     flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run did
@@ -86,7 +86,7 @@ class Export:
     out: str                        # the folder to make: model.onnx, model.pt2, card.json
     formats: tuple[Literal["onnx", "torch"], ...] = ("onnx", "torch") # which
     tolerance: float = 1e-4         # largest difference from PyTorch's features that is allowed
-    backbone: str | None = None     # the architecture, for a file that does not say: small, resnet50, resnet50_ibn, ...
+    backbone: str | None = None     # the architecture, for a file that does not say, as in `domainmix run`
     feature: Literal["neck", "raw"] | None = None # after the BN neck, or before it; None: as the model's run did
     flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run did
     data: str = "data"              # where runs/ lies
@@ -139,9 +139,14 @@ def do_run(args: Run) -> None:
     result = run(config, args.update, args.fresh)
     print(f"\n{METHODS[config.method].title}, seed {config.seed}\n{result_text(result)}\n{run_folder(config)/'metrics.json'}")
 
+def at_least_one(seeds: int) -> int:
+    "How many repetitions were asked for; none is refused."
+    if seeds < 1: raise DomainMixError(f"--seeds is {seeds}", "give the number of repetitions, 1 or more")
+    return seeds
+
 def do_table(args: Table) -> None:
     config = settings(args)
-    if args.seeds < 1: raise DomainMixError(f"--seeds is {args.seeds}", "give the number of repetitions, 1 or more")
+    at_least_one(args.seeds)
     print(f"{len(args.methods)} methods, {args.seeds} seed{'s' * (args.seeds > 1)}, in {run_folder(config)}")
     rows = table(config, tuple(args.methods), tuple(range(args.seeds)), args.update, args.fresh)
     print(f"\n{table_text(rows)}\n\n{gains_text(rows)}\n\n{run_folder(config)/'table.json'}\n{write_report(run_folder(config))}")
@@ -189,7 +194,7 @@ def do_presets(args: Presets) -> None: print(presets_text(args.word))
 
 def do_tables(args: Tables) -> None:
     spec = load_table(args.table)
-    if args.seeds is not None: spec = replace(spec, seeds=list(range(args.seeds)))
+    if args.seeds is not None: spec = replace(spec, seeds=list(range(at_least_one(args.seeds))))
     rows = run_table(spec, args.data, args.update, device=args.device)
     page = Path(args.data)/"runs"/f"{spec.name}.html"
     write_atomic(page, lambda p: p.write_text(summary_html(rows, f"domainmix: {spec.name}"), encoding="utf-8"))

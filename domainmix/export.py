@@ -6,8 +6,8 @@
 __all__ = ['FORMATS', 'BATCHES', 'LEFT_OUT', 'TERMS', 'RESEARCH', 'ROLES', 'USE', 'LIMITS', 'SplitNorm', 'portable', 'Features',
            'needed', 'captured', 'write_onnx', 'write_torch', 'open_torch', 'OnnxModel', 'open_onnx', 'Format',
            'probe_images', 'differences', 'check_parity', 'without_paths', 'kept_settings', 'card_sets', 'learned_from',
-           'card_data', 'card_licence', 'home_of', 'row_of', 'card_metrics', 'card_settings', 'card_input', 'versions',
-           'card', 'new_folder', 'attempt', 'export', 'embed_onnx']
+           'card_data', 'card_licence', 'row_of', 'card_metrics', 'card_settings', 'card_input', 'versions', 'card',
+           'new_folder', 'attempt', 'export', 'embed_onnx']
 
 # %% ../nbs/65_export.ipynb #2c03d4f3
 import contextlib, hashlib, importlib, importlib.metadata, logging, os, platform, re, shutil, warnings
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 # %% ../nbs/65_export.ipynb #90a545b0
 from . import __version__
-from .core import DomainMixError, about_weights, generator, load_json, save_json, to_dict, write_atomic
+from .core import DomainMixError, about_weights, generator, load_json, save_json, to_dict
 from .data import LAYOUTS, read_dataset
 from .batches import MEAN, STD, normalise
 from .backbone import IBN, ReIDNet, from_domain_bn, n_parameters
 from .evaluate import extract
-from .pipeline import (APART, HOUSE, RunConfig, as_used, configure, decode, find_net, one_of, open_net, quoted, run_of)
+from .pipeline import (APART, HOUSE, RunConfig, as_used, configure, decode, find_net, home_of, one_of, open_net, run_of, write_features)
 
 # %% ../nbs/65_export.ipynb #654611b3
 class SplitNorm(nn.Module):
@@ -266,12 +266,6 @@ def card_licence(config: RunConfig,       # of the run
             "research_only": [s["name"] for s in sets if s["layout"] in RESEARCH]}
 
 # %% ../nbs/65_export.ipynb #1de66391
-def home_of(path: Path # a network's file
-           ) -> Path | None:
-    "The folder of the run that a network lies in; None where it has left it."
-    if not (path.parent/"stage.json").is_file(): return None
-    return next((f for f in path.absolute().parents[:4] if (f/"config.json").is_file()), None)
-
 def row_of(path: Path, # the network's file
            home: Path  # the folder of a table of runs, or of one run
           ) -> dict | None:
@@ -434,8 +428,4 @@ def embed_onnx(path: str | Path,   # model.onnx, or the folder of an export
     use = configure(height=model.height, width=model.width, skip_bad=skip_bad, data=str(data))
     parts = [decode(r, use) for r in read_dataset(images).splits.values()]
     features = np.concatenate([model(p.images.numpy(), batch) for p in parts])
-    out = Path(out).with_suffix(".npy")
-    write_atomic(out, lambda p: np.save(p, features))
-    rows = "\n".join(["path", *(quoted(f) for p in parts for f in p.records.files())]) + "\n"
-    write_atomic(out.with_suffix(".csv"), lambda p: p.write_text(rows, encoding="utf-8", errors="surrogateescape"))
-    return features
+    return write_features(out, features, parts)

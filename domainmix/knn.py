@@ -213,11 +213,11 @@ def in_fewer_dimensions(c: torch.Tensor, # (N, D)
     return c @ B, lost*lost.max() + _slack(size, c.shape[1])
 
 # %% ../nbs/29_knn.ipynb #68c92e39
-def _rescored(x, column):
-    "The exact products with the listed columns (R, m), row by row of `x` (R of them), in pieces."
+def _rescored(x: torch.Tensor, rows: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    "The exact products (R, m) of `rows` (R,) with the columns listed for each (R, m), in pieces."
     m = column.shape[1]
-    parts = torch.arange(len(column), device=x.device).split(max(1, 2**20 // m))
-    return lambda rows: torch.cat([pair_products(x, rows[i].repeat_interleave(m), column[i].flatten()).view(-1, m) for i in parts])
+    pieces = zip(rows.split(max(1, 2**20 // m)), column.split(max(1, 2**20 // m)))
+    return torch.cat([pair_products(x, r.repeat_interleave(m), c.flatten()).view(-1, m) for r, c in pieces])
 
 def certified(x: torch.Tensor,    # (N, D) unit rows
               k: int,             # neighbours wanted
@@ -230,7 +230,7 @@ def certified(x: torch.Tensor,    # (N, D) unit rows
     n, m = len(x), min(len(x), 2*k + 4)
     everyone = torch.arange(n, device=x.device)
     rough, column = best(low, m, bias=bias)
-    value, order = _rescored(x, column)(everyone).topk(k)
+    value, order = _rescored(x, everyone, column).topk(k)
     column = column.gather(1, order)
     if m == n or off is None: return value, column, 0
     again = (value[:, -1] <= rough[:, -1] + off).nonzero()[:, 0]
@@ -238,7 +238,7 @@ def certified(x: torch.Tensor,    # (N, D) unit rows
         column, again = best(x, k)[1], everyone
     elif len(again): column[again] = best_by_rows(x, k, again)[1]
     if len(again):                            # one way to multiply for all rows, so that s_ij is s_ji
-        value[again], order = _rescored(x, column[again])(again).sort(1, descending=True)
+        value[again], order = _rescored(x, again, column[again]).sort(1, descending=True)
         column[again] = column[again].gather(1, order)
     return value, column, len(again)
 

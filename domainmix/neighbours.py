@@ -126,7 +126,7 @@ def meet(first: int, last: int, # which rows of V
 # %% ../nbs/30_neighbours.ipynb #74cb86e6
 def meet_by_arrays(first, last, indptr, indices, data, ends, rows, values, place, least):
     "What `meet` gives, by whole-array operations."
-    n, wide = len(indptr) - 1, len(indptr) - 1 - first
+    wide = len(indptr) - 1 - first
     own = slice(indptr[first], indptr[last])
     times = ends[1:][indices[own]] - place[own]
     stop = np.cumsum(times, dtype=np.int64)
@@ -140,7 +140,7 @@ def meet_by_arrays(first, last, indptr, indices, data, ends, rows, values, place
 
 # %% ../nbs/30_neighbours.ipynb #57dadcc9
 def _collapsed() -> DomainMixError:
-    return DomainMixError("so many images share all their neighbours that the graph would be a full matrix: more than 1,000 pairs an image",
+    return DomainMixError("thousands of images have the same neighbours, so that the graph would be a full matrix",
                           "look for features that have collapsed to a point, or for thousands of copies of one image")
 
 class Meetings:
@@ -158,7 +158,8 @@ class Meetings:
         if self.loop:   # no index is negative, and a loop that knows it is a third faster
             self.arrays = [a.view(f"u{a.itemsize}") if a.dtype.kind == "i" else a for a in self.arrays]
         self.tile = tile or (4096 if self.loop else max(1, 2**18 // self.n))
-        if (np.diff(by_column.indptr).astype(float)**2).sum() > 1e5*self.n + 1e9: raise _collapsed()
+        met = (np.diff(by_column.indptr).astype(float)**2).sum()     # some 15,000 an image are usual
+        if met > 2e5*self.n + 2e8: raise _collapsed()
 
     def __call__(self,
                  least: float,            # smaller sums are not kept, nor are zeros
@@ -167,13 +168,9 @@ class Meetings:
                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         last = self.n if last is None else last
         least = np.maximum(np.float32(least), np.nextafter(np.float32(0), np.float32(1)))
-        parts, found, most = [], 0, 4_000_000 + 1000*self.n
-        def sums(i): return (self.loop or meet_by_arrays)(i, min(i + self.tile, last), *self.arrays, least) if found <= most else None
+        sums = lambda i: (self.loop or meet_by_arrays)(i, min(i + self.tile, last), *self.arrays, least)
         with ThreadPoolExecutor(torch.get_num_threads() if self.loop else 1) as pool:
-            for part in pool.map(sums, range(first, last, self.tile)):
-                found += 0 if part is None else len(part[1])
-                if found > most: raise _collapsed()
-                parts.append(part)
+            parts = list(pool.map(sums, range(first, last, self.tile)))
         count, j, s = (np.concatenate(p) for p in zip(*parts))
         return np.repeat(np.arange(first, last, dtype=np.int32), count), j, s
 

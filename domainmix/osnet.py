@@ -8,7 +8,6 @@ __all__ = ['ConvNorm', 'LightConv', 'stream', 'Gate', 'OSBlock', 'osnet_body']
 # %% ../nbs/19_osnet.ipynb #f517ed08
 from collections import OrderedDict
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

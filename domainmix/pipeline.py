@@ -9,9 +9,9 @@ __all__ = ['PAPER', 'SMALL', 'PRESETS', 'METHODS', 'TABLE', 'TINY', 'WORLD', 'N_
            'read_inputs', 'keep_net', 'load_net', 'fresh_net', 'stage0', 'stage1', 'refined', 'choose_labels',
            'mixture', 'stage2', 'stage3', 'as_used', 'ranking', 'probing', 'plan', 'start_key', 'evaluations',
            'planned', 'progress', 'claim', 'label_statistics', 'scores', 'metrics', 'load_config', 'describe', 'run',
-           'run_folder', 'result_text', 'labels_text', 'label', 'find_net', 'open_net', 'run_of', 'evaluate_model',
-           'embed', 'quoted', 'row', 'table', 'cell', 'table_text', 'gains_text', 'demo', 'value', 'report_errors',
-           'main']
+           'run_folder', 'result_text', 'labels_text', 'label', 'find_net', 'open_net', 'home_of', 'run_of',
+           'evaluate_model', 'embed', 'write_features', 'quoted', 'row', 'table', 'cell', 'table_text', 'gains_text',
+           'demo', 'value', 'report_errors', 'main']
 
 # %% ../nbs/60_pipeline.ipynb #016bb67f
 import argparse, contextlib, difflib, errno, json, os, shutil, sys, time, warnings
@@ -46,7 +46,7 @@ class RunConfig:
     run: str = "run"                 # name of the run; its folder is DATA/runs/RUN
     method: str = "domainmix-db"     # only-a, directmix-initial, directmix, control, domainmix-db, domainmix-kl, labelled, ...
     seed: int = 0                    # the one seed
-    backbone: str = "small"          # small, resnet50, resnet50_ibn, osnet, osnet_ibn, osnet_x0_25 or timm:NAME; each comes with settings of its own
+    backbone: str = "small"          # small, resnet50, resnet50_ibn, osnet, osnet_ibn, osnet_x0_25, osnet_ibn_x0_25 or timm:NAME; each comes with settings of its own
     height: int = 64                 # rows of an image as the network sees it
     width: int = 32                  # columns
     pattern: str | None = None       # regular expression with groups pid and camera, for the file names of folder: sets
@@ -688,16 +688,21 @@ def open_net(model: str | Path, config: RunConfig | None = None, data: str | Pat
     config = config or RunConfig()
     return net, height or config.height, width or config.width
 
+def home_of(path: Path # a network's file
+           ) -> Path | None:
+    "The folder of the run, or of the table of runs, that a network lies in; None where it has left it."
+    if not (path.parent/"stage.json").is_file(): return None      # a config.json beside any other file is somebody else's
+    return next((f for f in path.absolute().parents[:4] if (f/"config.json").is_file()), None)
+
 def run_of(model: str | Path,        # what `find_net` finds
            data: str | Path = "data",
            **given: Any              # settings that take the place of the run's; None: they do not
           ) -> RunConfig:
     "The settings of the run that made the model; of a file that has left its run, what its header says."
     path = find_net(model, data)
-    inside = (path.parent/"stage.json").is_file()     # a config.json beside any other file is somebody else's
-    homes = [f for f in path.absolute().parents[:4] if inside and (f/"config.json").is_file()]
+    home = home_of(path)
     header = lambda: {k: v for k, v in about_weights(path).items() if k in ("feature", "flip")}
-    made = load_config(homes[0]/"config.json")[0] if homes else with_overrides(RunConfig(), header())
+    made = load_config(home/"config.json")[0] if home else with_overrides(RunConfig(), header())
     return with_overrides(made, {k: v for k, v in given.items() if v is not None})
 
 # %% ../nbs/60_pipeline.ipynb #6c4effe0
@@ -729,6 +734,13 @@ def embed(model: str | Path,      # what `find_net` finds
     use = as_used(run_of(model, data, feature=feature, flip=flip, device=device))
     parts = [decode(r, configure(height=height, width=width, skip_bad=skip_bad, data=data)) for r in read_dataset(images).splits.values()]
     features = np.concatenate([extract(net, p.images, **use) for p in parts])
+    return write_features(out, features, parts)
+
+def write_features(out: str | Path,      # the .npy file; a .csv with the paths goes beside it
+                   features: np.ndarray, # (N, D)
+                   parts: list[Part]     # whose features they are, in order
+                  ) -> np.ndarray:
+    "Write features and the paths of their images; gives the features."
     out = Path(out).with_suffix(".npy")
     write_atomic(out, lambda p: np.save(p, features))
     rows = "\n".join(["path", *(quoted(f) for p in parts for f in p.records.files())]) + "\n"

@@ -8,7 +8,7 @@ __all__ = ['SETS', 'TASKS', 'BACKBONES', 'TABLE1', 'FIGURES', 'parts', 'preset',
 # %% ../nbs/61_presets.ipynb #e5c6a454
 from pathlib import Path
 from .core import DomainMixError
-from .pipeline import METHODS, PAPER, PRESETS, RunConfig, configure, one_of
+from .pipeline import METHODS, PRESETS, RunConfig, one_of
 
 # %% ../nbs/61_presets.ipynb #2edbe855
 SETS = {  # short name: what it is, its layout, its folder below data/

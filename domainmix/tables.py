@@ -6,13 +6,12 @@
 __all__ = ['TABLES', 'HEADS', 'TableSpec', 'load_table', 'groups', 'run_table', 'summary', 'summary_text', 'summary_html']
 
 # %% ../nbs/62_tables.ipynb #3d2c8c69
-import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 from tqdm.auto import tqdm
 from .core import DomainMixError, from_dict, load_json, save_json
-from .pipeline import DEMO, METHODS, cell, configure, one_of, run_folder, table
+from .pipeline import DEMO, METHODS, cell, configure, one_of, table
 from .presets import BACKBONES, FIGURES, TABLE1, TASKS, parts, preset, there
 
 # %% ../nbs/62_tables.ipynb #d5620b88
@@ -73,6 +72,7 @@ def run_table(spec: TableSpec,
              ) -> list[dict]:
     "Every cell of a table; gives one row a preset and seed, with `error` where it failed, and writes DATA/runs/NAME.json."
     found, rows = groups(spec)
+    save_json(Path(data)/"runs"/f"{spec.name}.json", rows)
     for (task, short), methods in found.items():
         try:
             names, some = list(methods.values()), preset(next(iter(methods.values())), data)
@@ -91,8 +91,8 @@ def summary(rows: list[dict] # of `run_table`
            ) -> list[dict]:
     "One line a preset: title, seeds, mAP and rank-1 as text, the paper's mAP and rank-1, what failed."
     lines = []
-    for name, mine in itertools.groupby(sorted(rows, key=lambda r: list(dict.fromkeys(q["preset"] for q in rows)).index(r["preset"])), lambda r: r["preset"]):
-        mine = list(mine)
+    for name in dict.fromkeys(r["preset"] for r in rows):
+        mine = [r for r in rows if r["preset"] == name]
         good = [r for r in mine if "error" not in r]
         key = (good[0]["task"], good[0]["backbone"], good[0]["method"]) if good else None
         paper = FIGURES.get(key, (None, None))
