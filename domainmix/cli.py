@@ -6,7 +6,8 @@
 __all__ = ['REPORT_RUNS', 'COMMANDS', 'USAGE', 'Run', 'Table', 'Label', 'Evaluate', 'Embed', 'Export', 'Presets', 'Tables',
            'Bench', 'World', 'settings', 'do_run', 'at_least_one', 'do_table', 'do_label', 'sizes_text', 'architecture',
            'in_common', 'do_evaluate', 'by_onnx', 'do_embed', 'do_presets', 'do_tables', 'do_bench', 'do_export',
-           'do_world', 'report_rows', 'drawn_pictures', 'write_report', 'early', 'defaults', 'parse', 'main']
+           'do_world', 'report_rows', 'drawn_pictures', 'write_report', 'early', 'defaults', 'gathered', 'parse',
+           'main']
 
 # %% ../nbs/80_cli.ipynb #08de9e06
 import shutil, sys
@@ -27,7 +28,7 @@ from .export import embed_onnx, export
 from .presets import preset as preset_of, presets_text, there
 from .tables import load_table, run_table, summary_html, summary_text
 from .pipeline import (DEMO, DEMO_SEEDS, METHODS, TABLE, RunConfig, configure, embed, evaluate_model, gains_text, label, labels_text,
-                                load_config, open_set, report_errors, result_text, run, run_folder, table, table_text)
+                                load_config, open_set, report_errors, result_text, run, run_folder, specs, table, table_text)
 
 # %% ../nbs/80_cli.ipynb #d122d6d5
 @dataclass
@@ -235,8 +236,8 @@ def drawn_pictures(config: RunConfig, n: int = 4) -> dict:
     "A few pictures of each set that is the embedded world, uint8 (n, 3, H, W) by the letter of the domain."
     found = {}
     for letter, role in zip("ABC", ("synthetic", "real", "target")):
-        if getattr(config, role) != "world": continue
-        s = open_set(role, config)
+        if "world" not in specs(config, role): continue
+        s = open_set(role, config, "world")
         r = s.train if role != "target" else s.query
         some = np.linspace(0, len(r) - 1, n).astype(int)
         found[letter] = load_images(r[some], config.height, config.width)[0]
@@ -258,7 +259,7 @@ def write_report(folder: str | Path # of a table
         lines = [line for line in load_jsonl(log) if line.get("run") in REPORT_RUNS]
         if any("purity" in line for line in lines): figures["labels"] = (label_curves(lines), "Labels of B against its true identities, which are used for nothing else.")
         figures["losses"] = (loss_curves(lines), f"Losses of seed {more['seeds'][0]}, an epoch a point.")
-    notes = [f"A: {config.synthetic}, B: {config.real}, C: {config.target}; {len(more['seeds'])} seeds; backbone {config.backbone}, {config.height} x {config.width}."]
+    notes = [f"A: {config.synthetic}, B: {', '.join(specs(config, 'real'))}, C: {config.target}; {len(more['seeds'])} seeds; backbone {config.backbone}, {config.height} x {config.width}."]
     return str(report(folder/"report.html", f"domainmix: {folder.name}", rows, figures, config, notes))
 
 # %% ../nbs/80_cli.ipynb #eaf7c4ab
@@ -295,6 +296,20 @@ def defaults(kind: type,       # the dataclass of a command
     if issubclass(kind, Table) and "methods" in more: extra = {"methods": tuple(more["methods"]), "seeds": len(more["seeds"])}
     return kind(**{k: getattr(config, k) for k in RunConfig.__dataclass_fields__}, config=file, preset=cell, **extra)
 
+# %% ../nbs/80_cli.ipynb #041eb77f
+def gathered(argv: list[str], # flags
+             name: str        # of one that may be given more than once
+            ) -> list[str]:
+    "The flags, with all values of that one behind its first place."
+    values, rest, place, i = [], [], None, 0
+    while i < len(argv):
+        flag, equals, value = argv[i].partition("=")
+        if flag != f"--{name}": rest.append(argv[i]); i += 1; continue
+        place, i = len(rest) if place is None else place, i + 1
+        if equals: values.append(value); continue
+        while i < len(argv) and not argv[i].startswith("--"): values.append(argv[i]); i += 1
+    return argv if place is None else [*rest[:place], f"--{name}", *values, *rest[place:]]
+
 # %% ../nbs/80_cli.ipynb #dfe8ea23
 def parse(argv: list[str] # command and flags
          ) -> tuple[Callable, Any]:
@@ -311,7 +326,7 @@ def parse(argv: list[str] # command and flags
     if first and argv[1:] and not argv[1].startswith("-"): argv = [name, first, *argv[1:]]
     default = defaults(kind, preset, argv[1:])
     more = {} if default is None else {"default": default}
-    return act, tyro.cli(kind, prog=f"domainmix {name}", args=argv[1:], config=(tyro.conf.FlagCreatePairsOff,), **more)
+    return act, tyro.cli(kind, prog=f"domainmix {name}", args=gathered(argv[1:], "real"), config=(tyro.conf.FlagCreatePairsOff,), **more)
 
 def main(argv: list[str] | None = None # None: what the terminal gave
         ) -> int:

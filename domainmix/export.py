@@ -25,7 +25,8 @@ from .data import LAYOUTS, read_dataset
 from .batches import MEAN, STD, normalise
 from .backbone import IBN, ReIDNet, from_domain_bn, n_parameters
 from .evaluate import extract
-from .pipeline import (APART, HOUSE, RunConfig, as_used, configure, decode, find_net, home_of, one_of, open_net, run_of, write_features)
+from .pipeline import (APART, HOUSE, RunConfig, as_used, configure, decode, find_net, home_of, one_of, open_net, run_of,
+                                specs, write_features)
 
 # %% ../nbs/65_export.ipynb #654611b3
 class SplitNorm(nn.Module):
@@ -223,8 +224,7 @@ def card_sets(config: RunConfig, # of the run
               role: str          # synthetic, real or target
              ) -> list[dict]:
     "The data sets that play `role`: layout, name and terms."
-    spec = getattr(config, role)
-    layouts = [s.partition(":")[0] for s in ([spec] if isinstance(spec, str) else spec or ())]
+    layouts = [spec.partition(":")[0] for spec in specs(config, role)]
     title = lambda k: "the embedded world" if k == "world" else LAYOUTS[k].title
     return [{"layout": k, "name": title(k), "terms": TERMS.get(k, _REAL)} for k in layouts if k == "world" or k in LAYOUTS]
 
