@@ -7,8 +7,8 @@ __all__ = ['INK', 'PAPER', 'GREY', 'RULE', 'OKABE_ITO', 'CYCLE', 'MEANING', 'MAR
            'COUNTS', 'STYLE', 'HEADLINE', 'colours', 'png', 'picture', 'panels', 'finish', 'check_images', 'mosaic',
            'sheet', 'contact_sheet', 'some_people', 'noisiest', 'cluster_gallery', 'noisy_clusters', 'cluster_sizes',
            'reliability_scatter', 'project', 'embedding', 'embeddings', 'picture_map', 'spread', 'ranking_gallery',
-           'read_log', 'loss_names', 'loss_curves', 'label_curves', 'probe_curve', 'score', 'summarise', 'percent',
-           'method_table', 'pipeline_diagram', 'result_table', 'report']
+           'attention_sheet', 'read_log', 'loss_names', 'loss_curves', 'label_curves', 'probe_curve', 'score',
+           'summarise', 'percent', 'method_table', 'pipeline_diagram', 'result_table', 'report']
 
 # %% ../nbs/70_viz.ipynb #57f4d4fe
 import base64, html, io, json
@@ -441,6 +441,22 @@ def ranking_gallery(query_images: Tensor, gallery_images: Tensor,  # uint8 (Q, 3
         captions += ["query" + camera(query_camera, q), *(p + camera(gallery_camera, i) for p, i in zip(places, found))]
         titles.append(f"id {int(query_pid[q])}" + ("" if ap is None else f"\nAP {100 * ap[q]:.0f} %"))
     return sheet(torch.cat(pictures), row, column, marks, captions, titles, title, height, ax)
+
+# %% ../nbs/70_viz.ipynb #b8566386
+def attention_sheet(images: Tensor,  # uint8 (N, 3, H, W)
+                    maps,            # (N, h, w), 0 to 1, as `results.attention` gives them
+                    columns: int = 6, # pairs a row
+                    title: str = "Where the network looks", height: int = 96, ax=None):
+    "Each image beside itself under its map."
+    from matplotlib import colormaps
+    images, maps = check_images(images), torch.as_tensor(np.asarray(maps, np.float32))
+    if maps.ndim != 3 or len(maps) != len(images): raise DomainMixError(f"{len(images)} images, maps of shape {tuple(maps.shape)}", "give one map (h, w) an image")
+    wide = F.interpolate(maps[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    heat = torch.from_numpy(colormaps["cividis"](wide.clamp(0, 1).numpy())[..., :3]).permute(0, 3, 1, 2)
+    grey = images.float().mean(1, keepdim=True) / 255
+    over = ((.35 * grey + .65 * heat) * 255).round().byte()
+    place = np.arange(len(images)).repeat(2)
+    return sheet(torch.stack([images, over], 1).flatten(0, 1), place // columns, place % columns * 2.35 + np.tile([0, 1], len(images)), title=title, height=height, ax=ax)
 
 # %% ../nbs/70_viz.ipynb #83111083
 TERMS = dict(loss="sum", id="identity", triplet="triplet", dm="domain mix", d="discriminator", synthetic="synthetic", real="real")

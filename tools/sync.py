@@ -52,7 +52,7 @@ def cleaned(text):
     "A notebook's JSON without what changes from one execution to the next: counts, ids, widget state, progress bars."
     from nbdev.clean import clean_nb
     nb = json.loads(text)
-    clean_nb(nb, clean_ids=True)
+    clean_nb(nb, allowed_cell_metadata_keys=["tags"], clean_ids=True)    # papermill looks for a cell tagged `parameters`
     nb["metadata"].pop("widgets", None)
     for cell in nb["cells"]:
         if "outputs" in cell:
@@ -60,6 +60,8 @@ def cleaned(text):
             for output in cell["outputs"]:
                 if "image/jpeg" in output.get("data", {}):     # the same picture, five times as large
                     output["data"].pop("image/png", None)
+                if any(kind.startswith("image/") for kind in output.get("data", {})):    # without a kernel a view is its picture
+                    output["data"].pop("application/vnd.jupyter.widget-view+json", None)
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
