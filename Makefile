@@ -1,6 +1,7 @@
 # make demo   the whole method on drawn people: minutes, no downloads beyond the packages
 # make test   everything that is checked, notebooks first
 # make lab    the notebooks in JupyterLab
+# make test-browser   the companion notebooks in a real Chromium, which must be there already
 # make sync   notebooks -> package, and notebooks cleaned for git
 # make clean  caches and build leftovers (the data, the runs and .venv stay)
 #
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.domainmix-installed
 ARGS ?=
 JUNIT ?=
 
-.PHONY: help demo test lab sync clean
+.PHONY: help demo test test-browser lab sync clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +39,11 @@ demo: $(STAMP)
 # Two tests at a time, each on one core: more threads only get in each other's way.
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(JUNIT),--junitxml="$(JUNIT)") $(ARGS)
+
+test-browser: $(STAMP)
+	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "there is no Chromium here; on Debian and Ubuntu: apt-get install --no-install-recommends chromium fonts-dejavu" >&2; exit 1; }
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check --no-input -e '.[browser]'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_browser.py $(ARGS)
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab nbs

@@ -44,6 +44,8 @@ setup(
         "timm": words("timm_requirements"),
         # To export a network, and to run what was exported.
         "onnx": words("onnx_requirements"),
+        # To test the companion notebooks in a real browser.
+        "browser": words("browser_requirements"),
         # Another way to find nearest neighbours. Take one of the two: they own the same folder.
         "cpu": words("cpu_requirements"),
         "gpu": words("gpu_requirements"),

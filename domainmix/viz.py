@@ -426,6 +426,7 @@ def ranking_gallery(query_images: Tensor, gallery_images: Tensor,  # uint8 (Q, 3
                     ap: Sequence[float] | None = None,             # (Q,) average precision of each
                     queries: Sequence[int] | None = None,          # which to show; None: `n` of them, from best to worst
                     n: int = 5, top: int = 10,                     # rows; answers in each
+                    names: Sequence[str] | None = None,            # of the rows, above the identities
                     title: str = "Queries and what the gallery answers", height: int = 96, ax=None):
     "Queries on the left, ranked answers on the right: right, wrong, or not counted."
     if queries is None: queries = spread(np.zeros(len(query_pid)) if ap is None else ap, n)
@@ -439,7 +440,7 @@ def ranking_gallery(query_images: Tensor, gallery_images: Tensor,  # uint8 (Q, 3
         marks += ["query", *({1: "right", 0: "wrong", -1: "junk"}[int(f)] for f in flag)]
         places = ["–" if f < 0 else str(p) for f, p in zip(flag, np.cumsum(flag >= 0))]
         captions += ["query" + camera(query_camera, q), *(p + camera(gallery_camera, i) for p, i in zip(places, found))]
-        titles.append(f"id {int(query_pid[q])}" + ("" if ap is None else f"\nAP {100 * ap[q]:.0f} %"))
+        titles.append(("" if names is None else f"{names[r]}\n") + f"id {int(query_pid[q])}" + ("" if ap is None else f"\nAP {100 * ap[q]:.0f} %"))
     return sheet(torch.cat(pictures), row, column, marks, captions, titles, title, height, ax)
 
 # %% ../nbs/70_viz.ipynb #b8566386

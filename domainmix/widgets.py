@@ -23,7 +23,7 @@ from .pseudolabel import ClusterConfig, assign, cluster_graph, label_quality, re
 from .results import Results
 from .viz import cluster_gallery, cluster_sizes, colours, contact_sheet, embeddings, loss_curves, picture, project, ranking_gallery
 
-# %% ../nbs/72_widgets.ipynb #a6807da4
+# %% ../nbs/72_widgets.ipynb #0de7c0b3
 def widgets():
     "ipywidgets, or an error that says how to get it."
     try: import ipywidgets
@@ -34,7 +34,7 @@ class View:
     "Something to click on, and a still picture of it."
     def __init__(self):
         w = widgets()
-        self.note, self.image = w.HTML(), w.Image(layout=w.Layout(max_width="100%", object_fit="contain"))
+        self.note, self.image = w.HTML(), w.Image(layout=w.Layout(max_width="100%", align_self="flex-start", display="none"))   # nothing to see yet
         self.image.add_class("domainmix-picture")
 
     def still(self):
@@ -43,6 +43,7 @@ class View:
 
     def show(self, figure) -> None:
         self.image.format, self.image.value = picture(figure)
+        self.image.layout.display = "block"
 
     def answer(self, act: Callable, *args) -> None:
         "Do what was clicked; what is wrong is said in the page."
@@ -106,7 +107,7 @@ class Clustering:
         own = np.array([np.unique(self.pid[before == c], return_counts=True)[1].max() for c in range(len(size))]) / size
         return np.lexsort((-size, own))
 
-# %% ../nbs/72_widgets.ipynb #473e8a50
+# %% ../nbs/72_widgets.ipynb #aef04fc0
 WORDS = dict(clusters="clusters", outliers="images without a cluster", kept_clusters="clusters kept by Eq. (1)", kept_images="images kept", purity="purity of those", pair_f1="pair F of those")
 
 def said_html(said: dict) -> str:
@@ -133,7 +134,7 @@ class NoisyClusters(View):
         for control in (self.eps, self.k1, self.lower, self.upper): control.observe(lambda change: self.answer(self.cluster), "value")
         for control in (self.by, self.page): control.observe(lambda change: self.answer(self.browse), "value")
         names = ((self.eps, "eps, reach"), (self.k1, "k1, neighbours"), (self.lower, "b_l, fewest images"), (self.upper, "b_h, most images"), (self.by, "show"), (self.page, "page"))
-        self.sizes = w.Image(layout=w.Layout(max_width="34em"))
+        self.sizes = w.Image(layout=w.Layout(max_width="34em", align_self="flex-start"))
         self.box = w.VBox([w.HBox([w.VBox([labelled(c, t) for c, t in names] + [self.numbers]), self.sizes]), self.note, self.image])
         self.answer(self.cluster)
 
@@ -161,7 +162,7 @@ def thumbnail(image: torch.Tensor) -> str: # uint8 (3, H, W)
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "jpeg", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
-# %% ../nbs/72_widgets.ipynb #e3a46f74
+# %% ../nbs/72_widgets.ipynb #9a990ede
 class DomainMap(View):
     "Features of images by several networks, side by side: hover shows an image, a lasso shows many."
     def __init__(self, features: dict[str, np.ndarray],       # title -> (N, D), or (N, 2) flattened already
@@ -184,13 +185,14 @@ class DomainMap(View):
         for title, points in self.flat.items():
             table = pd.DataFrame(dict(x=points[:, 0], y=points[:, 1], group=pd.Categorical(self.group.astype(str)), image=urls))
             s = jscatter.Scatter(data=table, x="x", y="y", x_scale=span[0], y_scale=span[1], color_by="group", color_map=shade, height=shape, axes=False, size=5)
+            s.mouse("lasso")
             s.tooltip(True, properties=["group"], preview="image", preview_type="image", size="small")
             s.widget.observe(lambda change, s=s: self.answer(self.pick, s), "selection")
             self.maps[title] = s
         titles = {t: t + (f": probe {100*probe[t]:.1f} %" if probe and probe.get(t) is not None else "") for t in features}
         self.titles = titles
         linked = jscatter.compose([(s, titles[t]) for t, s in self.maps.items()], sync_selection=True, sync_hover=True, row_height=shape)
-        legend = w.HTML("&ensp;".join(f'<span style="color:{c}">&#9679;</span> {html.escape(n)}' for n, c in shade.items()) + "&ensp; hold shift and draw around points to see their images")
+        legend = w.HTML("&ensp;".join(f'<span style="color:{c}">&#9679;</span> {html.escape(n)}' for n, c in shade.items()) + "&ensp; draw around points to see their images")
         self.box = w.VBox([legend, linked, self.note, self.image])
 
     def pick(self, scatter) -> None:
@@ -355,7 +357,7 @@ def plain_name(name: str) -> str:
     if not name or Path(name).name != name or name.startswith("."): raise DomainMixError(f"the run's name is {name!r}", "give a plain name: its folder is made beside the other")
     return name
 
-# %% ../nbs/72_widgets.ipynb #6123487f
+# %% ../nbs/72_widgets.ipynb #61704168
 class Retrieval(View):
     "A query's answers by several networks."
     def __init__(self, features: dict[str, tuple], # title -> features of the queries (Q, D) and of the gallery (G, D)
@@ -387,7 +389,7 @@ class Retrieval(View):
         answers, same = RankedList(*(np.concatenate([getattr(f, k) for f in found]) for k in ("index", "similarity", "flag"))), [i]*len(found)
         return ranking_gallery(self.query.images[same], self.gallery.images[rows], answers, q.pid[same], q.camera[same], g.camera[rows],
                                np.array([ap[i] for ap in self.ap.values()]), range(len(same)), top=self.top,
-                               title="The same query, stage by stage: " + ", ".join(self.features))
+                               names=list(self.features), title="The same query, stage by stage")
 
     def look(self) -> None: self.show(self.answers())
 
