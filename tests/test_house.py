@@ -220,3 +220,29 @@ def test_progress_bars_are_cleaned_away():
     cell = {"cell_type": "code", "id": "a", "metadata": {}, "execution_count": 3, "source": ["1"], "outputs": [bar, picture]}
     text = json.dumps({"cells": [cell], "metadata": {"widgets": {}}, "nbformat": 4, "nbformat_minor": 5})
     assert not is_clean(text) and json.loads(cleaned(text))["cells"][0]["outputs"] == [picture]
+
+
+def test_a_view_is_saved_as_its_picture():
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "image/png": "aGk=", "text/plain": "a view"}
+    cell = {"cell_type": "code", "id": "a", "metadata": {"tags": ["parameters"]}, "execution_count": 1, "source": [],
+            "outputs": [{"output_type": "display_data", "metadata": {}, "data": widget}]}
+    nb = json.loads(cleaned(json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})))
+    assert nb["cells"][0]["outputs"][0]["data"].keys() == {"image/png", "text/plain"}
+    assert nb["cells"][0]["metadata"] == {"tags": ["parameters"]}
+
+
+def test_a_companion_has_its_parameters():
+    for path in (p for p in notebooks() if p.stem[:2] in ("91", "92", "93", "94")):
+        tagged = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if "parameters" in c["metadata"].get("tags", ())]
+        assert len(tagged) == 1 and "".join(tagged[0]["source"]).startswith("run, data"), path.name
+
+
+def test_the_documentation_needs_no_network(tmp_path):
+    import docs
+    assert docs.mathml("`$x$` and $x^2$") == f"`$x$` and {docs.convert('x^2')}"
+    for name in ("22_losses", "95_tables"):
+        title, subtitle, body = docs.convert_notebook(ROOT / "nbs" / f"{name}.ipynb")
+        page = docs.page(title, body)
+        assert subtitle and "<h1" in page and not re.search(r"<(script|link)|src=\"(?!data:)|url\(", page), name
+        assert not re.search(r"\]\(\w+\.ipynb", page) and ".ipynb" not in "".join(re.findall(r'href="[^"]*"', page))
+        assert name != "22_losses" or page.count("<math") > 5
