@@ -48,7 +48,7 @@ def reranked(query: torch.Tensor,   # (Q, D) features
     sums = Meetings(query_expansion(encode(x, pattern, rank, similarity, far.cpu().numpy()), rank, config.k2))
     def distances(part):
         first, last = int(part[0]), int(part[-1]) + 1
-        i, j, s = sums(0, first, last)
+        i, j, s = sums(first, last)
         own = j >= n
         i, j, s = (torch.from_numpy(a[own]).to(x.device) for a in (i.astype(np.int64) - first, j.astype(np.int64) - n, s))
         distance = (query[part] @ gallery.T).mul_(-2).add_(2).div_(far[part][:, None]).mul_(config.weight).add_(1 - config.weight)
