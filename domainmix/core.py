@@ -86,14 +86,21 @@ def autocast(device: str | torch.device, # where the forward pass runs
 
 # %% ../nbs/00_core.ipynb #9c020302
 @functools.cache
+def _numba():
+    "The module, or None and a warning, which is said once."
+    try: import numba
+    except ImportError:
+        warnings.warn("numba is not installed: neighbours and clusters are found in a slower way, with the same result (pip install numba)", stacklevel=3)
+        return None
+    return numba
+
+@functools.cache
 def compiled(loop: Callable,         # plain loops over numbers and arrays
              any_order: bool = False # may sums be added up in the order that is fastest?
             ) -> Callable | None:
     "`loop` as machine code, kept on disk; None where numba is not installed."
-    try: import numba
-    except ImportError:
-        warnings.warn("numba is not installed: neighbours and clusters are found in a slower way, with the same result (pip install numba)", stacklevel=2)
-        return None
+    numba = _numba()
+    if numba is None: return None
     options = dict(nogil=True, fastmath={"reassoc", "contract"} if any_order else False)
     try: return numba.njit(cache=True, **options)(loop)
     except RuntimeError: return numba.njit(**options)(loop)   # there is no folder to keep it in

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PAPER', 'TRAININGS', 'CLUSTERING', 'SMALL', 'PRESETS', 'METHODS', 'TABLE', 'TINY', 'WORLD', 'N_PROBE', 'APART',
            'HOUSE', 'COLUMNS', 'SCORES', 'PAIRS', 'DEMO', 'DEMO_SEEDS', 'RunConfig', 'one_of', 'settings_of',
-           'configure', 'Method', 'specs', 'checked', 'Stage', 'cached', 'locked', 'Part', 'joined', 'Inputs', 'decode',
-           'open_set', 'split_target', 'usable', 'whole', 'read_inputs', 'keep_net', 'load_net', 'fresh_net', 'stage0',
-           'stage1', 'taken_apart', 'refined', 'choose_labels', 'mixture', 'stage2', 'stage3', 'as_used', 'ranking',
-           'probing', 'plan', 'start_key', 'evaluations', 'planned', 'progress', 'claim', 'label_statistics', 'scores',
-           'metrics', 'load_config', 'describe', 'run', 'run_folder', 'result_text', 'labels_text', 'label', 'find_net',
-           'open_net', 'home_of', 'run_of', 'evaluate_model', 'embed', 'write_features', 'quoted', 'row', 'table',
-           'cell', 'table_text', 'gains_text', 'demo', 'value', 'report_errors', 'main']
+           'configure', 'Method', 'plain_name', 'specs', 'checked', 'Stage', 'cached', 'locked', 'Part', 'joined',
+           'Inputs', 'decode', 'open_set', 'split_target', 'usable', 'whole', 'read_inputs', 'keep_net', 'load_net',
+           'fresh_net', 'stage0', 'stage1', 'taken_apart', 'refined', 'choose_labels', 'mixture', 'stage2', 'stage3',
+           'as_used', 'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned', 'progress', 'claim',
+           'label_statistics', 'scores', 'metrics', 'load_config', 'describe', 'run', 'run_folder', 'result_text',
+           'labels_text', 'label', 'find_net', 'open_net', 'home_of', 'run_of', 'evaluate_model', 'embed',
+           'write_features', 'quoted', 'row', 'table', 'cell', 'table_text', 'gains_text', 'demo', 'value',
+           'report_errors', 'main']
 
 # %% ../nbs/60_pipeline.ipynb #016bb67f
 import argparse, contextlib, difflib, errno, json, os, shutil, sys, time, warnings
@@ -149,6 +150,12 @@ METHODS = {
 TABLE = ("only-a", "directmix-initial", "directmix", "control", "domainmix-db", "domainmix-kl", "labelled")
 
 # %% ../nbs/60_pipeline.ipynb #ee2a26d4
+def plain_name(name: str) -> str:
+    "The name of a run, which is that of a folder."
+    if not name or Path(name).name != name or name.startswith("."):
+        raise DomainMixError(f"the run's name is {name!r}", "give a plain name: its folder is made below data/runs")
+    return name
+
 def specs(config: RunConfig, role: str # synthetic, real or target
          ) -> tuple[str, ...]:
     "The data sets that play `role`."
@@ -174,9 +181,7 @@ def checked(config: RunConfig # as a person gave it
     if config.method != "only-a" and not specs(config, "real"):
         raise DomainMixError(f"method {config.method!r} needs real images, and `real` is not given",
                              "give --real folder:DIR (or market1501:DIR, ..., world), or --method only-a")
-    name = Path(config.run)
-    if not config.run or name.name != config.run or config.run.startswith("."):
-        raise DomainMixError(f"the run's name is {config.run!r}", "give a plain name: its folder is made below data/runs")
+    plain_name(config.run)
     pick_device(config.device)
     parts = {f"{s}.precision": config.precision for s in TRAININGS}
     return with_overrides(config, {"labeller": labeller, "stage3.loss": loss or config.stage3.loss, **(parts if config.precision != "auto" else {})})
@@ -494,8 +499,8 @@ def probing(inputs: Inputs, net: ReIDNet, seed: int = 0,
     "How often a linear probe names the domain of people held out from it; of two domains 0.5 is chance."
     a, b, features, pids = inputs.synthetic, inputs.real, [], []
     rows = [np.arange(len(a.images)), *(np.flatnonzero(inputs.source == d) for d in np.unique(inputs.source))]
-    for name, p, own in zip("abcdefghijklmnopqrstuvwxyz", (a, *[b]*len(rows)), rows):
-        some = own[torch.randperm(len(own), generator=generator(seed, "probe", name))[:N_PROBE].sort().values.numpy()]
+    for i, (p, own) in enumerate(zip((a, *[b]*len(rows)), rows)):
+        some = own[torch.randperm(len(own), generator=generator(seed, "probe", chr(ord("a") + i)))[:N_PROBE].sort().values.numpy()]
         features.append(extract(net, p.images[some], **use))
         pids.append(p.records.pid[some])
     return domain_probe(features, pids, seed)

@@ -81,6 +81,11 @@ class Results:
         "The names of the stages whose networks can be looked at."
         return [s.name for s in self.stages.values() if s.done and s.net.is_file()]
 
+    def last(self, n: int = 4) -> list[str]:
+        "The names of the last networks; there is at least one, or an error."
+        if not self.networks: raise DomainMixError(f"no stage of {self.home.name} has a network yet", "run it on, and look again")
+        return self.networks[-n:]
+
     def about(self) -> str:
         "One line for the head of a page."
         state = ", ".join(f"{s.name} {'done' if s.done else 'not finished'}" for s in self.stages.values()) or "nothing done yet"
@@ -191,7 +196,7 @@ def _clusters(r: Results):
 def _map(r: Results):
     _, domain, _, rows = domain_sample(r)
     title = lambda s: s + (f": probe {100*probes(r)[s]:.1f} %" if s in probes(r) else "")
-    return embeddings({title(s): sample_features(r, s, rows) for s in r.networks[-4:]}, domain)
+    return embeddings({title(s): sample_features(r, s, rows) for s in r.last()}, domain)
 
 def _probe(r: Results):
     found = probes(r)
@@ -199,7 +204,7 @@ def _probe(r: Results):
     return probe_curve({"probe": list(found.values())}, list(found))
 
 def _answers(r: Results):
-    q, g, last = r.part("query"), r.part("gallery"), r.networks[-1]
+    q, g, last = r.part("query"), r.part("gallery"), r.last()[-1]
     f, ids = (r.features(last, "query"), r.features(last, "gallery")), (q.records.pid, g.records.pid, q.records.camera, g.records.camera)
     return ranking_gallery(q.images, g.images, ranked_list(*f, *ids), ids[0], *ids[2:], rank(*f, *ids).average_precision)
 
@@ -221,7 +226,6 @@ def run_report(results: Results,
     for name, (draw, caption) in VIEWS.items():
         try: figures[name] = (draw(results), caption)
         except DomainMixError as e: notes.append(f"No picture of the {name}: {e.what}.")
-        except IndexError: notes.append(f"No picture of the {name}: no stage is done yet.")
     rows = [{"method": s, "seed": results.seed, **{{"domain_probe": "probe"}.get(k, k): v for k, v in m.items() if v is not None}} for s, m in results.measured().items() if m]
     return report(out or results.home/"report.html", f"domainmix: {results.home.name}", rows, figures, results.config, notes)
 

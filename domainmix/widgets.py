@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'WORDS', 'widgets', 'View', 'labelled', 'Clustering', 'said_html', 'NoisyClusters', 'thumbnail',
-           'jupyter_scatter', 'scatter', 'DomainMap', 'form', 'fork', 'Process', 'compared_html', 'Watched',
-           'RerunStage', 'plain_name', 'Retrieval']
+           'jupyter_scatter', 'scatter', 'DomainMap', 'form', 'fork', 'Process', 'settled', 'compared_html', 'Watched',
+           'RerunStage', 'with_loss', 'Retrieval']
 
 # %% ../nbs/72_widgets.ipynb #f6deca7c
-import base64, dataclasses, html, io, os, shutil, signal, subprocess, sys, threading, time, typing
+import base64, dataclasses, html, inspect, io, os, shutil, signal, subprocess, sys, threading, time, typing
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np, torch
 
 # %% ../nbs/72_widgets.ipynb #2b2c8c06
-from .core import DomainMixError, load_json, plain, save_json
+from .core import DomainMixError, load_json, plain, save_json, to_dict
 from .evaluate import RankedList, rank, ranked_list
 from .knn import camera_centre, knn
 from .loop import differences
 from .neighbours import jaccard_graph
+from .pipeline import APART, COLUMNS, METHODS, cell, load_config, plain_name
 from .pseudolabel import ClusterConfig, assign, cluster_graph, label_quality, refine
 from .results import Results
 from .viz import cluster_gallery, cluster_sizes, colours, contact_sheet, embeddings, loss_curves, picture, project, ranking_gallery
@@ -105,8 +106,10 @@ class Clustering:
         size = np.bincount(before[before >= 0])
         if by == "doubt": return np.lexsort((-size, -doubt))
         if by == "size" or self.pid is None: return np.argsort(-size, kind="stable")
-        own = np.array([np.unique(self.pid[before == c], return_counts=True)[1].max() for c in range(len(size))]) / size
-        return np.lexsort((-size, own))
+        (cluster, _), count = np.unique(np.stack([before, self.pid])[:, before >= 0], axis=1, return_counts=True)
+        most = np.zeros(len(size))
+        np.maximum.at(most, cluster, count)
+        return np.lexsort((-size, most / size))
 
 # %% ../nbs/72_widgets.ipynb #aef04fc0
 WORDS = dict(clusters="clusters", outliers="images without a cluster", kept_clusters="clusters kept by Eq. (1)", kept_images="images kept", purity="purity of those", pair_f1="pair F of those")
@@ -129,7 +132,8 @@ class NoisyClusters(View):
         slow = dict(continuous_update=False, readout_format=".2f")
         self.eps = w.FloatSlider(eps, min=.3, max=.78, step=.01, **slow)
         self.k1 = w.IntSlider(k1, min=min(5, most), max=most, continuous_update=False)
-        self.lower, self.upper = w.IntSlider(lower, min=1, max=20, continuous_update=False), w.IntSlider(upper, min=10, max=max(200, upper), continuous_update=False)
+        self.lower = w.IntSlider(lower, min=1, max=max(20, lower), continuous_update=False)
+        self.upper = w.IntSlider(upper, min=min(10, upper), max=max(200, upper), continuous_update=False)
         self.by = w.Dropdown(options=[(k, v) for k, v in ORDERS.items() if v != "impurity" or pid is not None])
         self.page, self.numbers = w.IntSlider(1, min=1, max=1, continuous_update=False), w.HTML()
         for control in (self.eps, self.k1, self.lower, self.upper): control.observe(lambda change: self.answer(self.cluster), "value")
@@ -267,7 +271,7 @@ class Process:
     def start(self) -> None:
         "Begin, or go on."
         if self.running: return
-        env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]) if "__file__" in globals() else "", os.environ.get("PYTHONPATH", "")])}
+        env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join([str(Path(inspect.getfile(Results)).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])}
         with open(self.home/"process.txt", "w") as out:
             self.process = subprocess.Popen([sys.executable, "-m", "domainmix.pipeline", "--config", self.home/"config.json", "--update"],
                                             stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
@@ -285,17 +289,17 @@ class Process:
     def said(self) -> str: return (self.home/"process.txt").read_text(errors="replace").strip() if (self.home/"process.txt").is_file() else ""
 
 # %% ../nbs/72_widgets.ipynb #dd484959
+def settled(config: Any, *but: str) -> dict:
+    "The settings that decide a run's outcome; some may be left out."
+    return {k: v for k, v in to_dict(config).items() if k not in (*APART, *but)}
+
 def compared_html(one: Results, other: Results) -> str:
     "Two runs side by side: settings that differ, scores and their differences."
-    apart = lambda r: {k: v for k, v in plain(r.config).items() if k not in ("run", "data", "device")}
-    lines = differences(apart(one), apart(other))
-    names = {"mAP": "mAP", "rank1": "rank-1", "domain_probe": "probe"}
-    last = [(r, r.measured().get(r.networks[-1], {}) if r.networks else {}) for r in (one, other)]
-    cell = lambda v: "–" if v is None else f"{100*v:.1f}"
-    rows = []
-    for k, text in names.items():
-        a, b = (scores.get(k) for _, scores in last)
-        rows.append(f"<tr><td>{text}, %</td><td>{cell(a)}</td><td>{cell(b)}</td><td>{'' if a is None or b is None else format(100*(b - a), '+.1f')}</td></tr>")
+    lines = differences(settled(one.config), settled(other.config))
+    last, rows = [r.measured().get(r.last()[-1], {}) for r in (one, other)], []
+    for k in ("mAP", "rank1", "domain_probe"):
+        a, b = (scores.get(k) for scores in last)
+        rows.append(f"<tr><td>{COLUMNS[k]}, %</td><td>{cell(last[:1], k)}</td><td>{cell(last[1:], k)}</td><td>{'' if a is None or b is None else format(100*(b - a), '+.1f')}</td></tr>")
     heads = "".join(f"<th>{html.escape(t)}</th>" for t in ("", one.home.name, other.home.name, "difference"))
     settings = "<br>".join(html.escape(line.replace(" there", f" in {one.home.name}").replace(" here", f" in {other.home.name}")) for line in lines) or "no setting differs"
     return f'<table style="border-spacing:1em .1em"><tr>{heads}</tr>{"".join(rows)}</table><p>{settings}</p>'
@@ -366,22 +370,26 @@ class RerunStage(Watched):
 
     def run(self) -> None:
         "Start, or go on with, the run that the form describes."
-        home = self.results.home.parent/plain_name(self.name.value)
+        home, was = self.results.home.parent/plain_name(self.name.value), self.results.config
         if home == self.results.home: raise DomainMixError(f"{home.name} is the run that is looked at", "give the new run another name")
+        method = with_loss(was.method, self.form["loss"].value) if self.stage == "stage3" else was.method
         if not (home/"config.json").is_file(): fork(self.results, home.name)
+        elsewhere = differences(settled(was, self.stage, "method"), settled(load_config(home/"config.json")[0], self.stage, "method"))
+        if elsewhere: raise DomainMixError(f"{home.name} is another run: {elsewhere[0]}", "give a new name: what is there is not touched")
         about = load_json(home/"config.json")
-        about.update(run=home.name, data=str(home.absolute().parents[1]))
+        about.update(run=home.name, data=str(home.absolute().parents[1]), method=method)
         about[self.stage] |= {k: plain(c.value) for k, c in self.form.items()}
-        if self.stage == "stage3": about["method"] = {"none": "control"}.get(self.form["loss"].value, f"domainmix-{self.form['loss'].value}")
         save_json(home/"config.json", about)
         self.begin(home)
 
     def still(self): return loss_curves(self.results.log(), title=f"run {self.results.home.name}")
 
-def plain_name(name: str) -> str:
-    "The name of a run, which is a folder's."
-    if not name or Path(name).name != name or name.startswith("."): raise DomainMixError(f"the run's name is {name!r}", "give a plain name: its folder is made beside the other")
-    return name
+def with_loss(method: str, loss: str) -> str:
+    "The method with the same labels and another loss of stage 3."
+    m = METHODS[method]
+    found = next((k for k, v in METHODS.items() if (v.labels, v.synthetic, v.loss) == (m.labels, m.synthetic, loss)), None)
+    if found is None: raise DomainMixError(f"there is no method like {method!r} with the loss {loss!r} in stage 3", "take another loss, or a run with refined labels")
+    return found
 
 # %% ../nbs/72_widgets.ipynb #61704168
 class Retrieval(View):

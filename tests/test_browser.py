@@ -149,22 +149,28 @@ def control(page, label):
     return page.page.locator(".widget-hbox", has=page.page.locator(f".widget-label:text-is('{label}')")).last
 
 
-def test_noisy_clusters(browser, lab):
-    page = Page(browser, lab, "91_noisy_clusters")
-    old = page.picture()
-    handle = control(page, "eps, reach").locator(".noUi-handle")
+def move(page, label, key, times):
+    "Move a slider by the keyboard, and see the picture change."
+    old, handle = page.picture(), control(page, label).locator(".noUi-handle")
     handle.scroll_into_view_if_needed()
     handle.focus()
+    for _ in range(times):
+        page.page.keyboard.press(key)
+    return page.wait_new(old, f"moving {label}")
+
+
+def choose(page, label, old, **option):
+    "Choose from a menu, and see the picture change."
+    control(page, label).locator("select").select_option(**option)
+    return page.wait_new(old, f"choosing {label}")
+
+
+def test_noisy_clusters(browser, lab):
+    page = Page(browser, lab, "91_noisy_clusters")
     numbers = page.page.locator(".widget-html table").first.inner_text()
-    began = time.monotonic()
-    for _ in range(8):
-        page.page.keyboard.press("ArrowLeft")
-    page.wait_new(old, "moving eps")
-    print(f"answered in {time.monotonic() - began:.1f} s")
+    old = move(page, "eps, reach", "ArrowLeft", 8)
     assert page.page.locator(".widget-html table").first.inner_text() != numbers
-    old = page.picture()
-    control(page, "show").locator("select").select_option("most mixed first")
-    page.wait_new(old, "another order")
+    choose(page, "show", old, label="most mixed first")
     page.shot()
     page.close()
 
@@ -211,14 +217,7 @@ def test_rerun_stage(browser, lab):
 
 def test_retrieval(browser, lab):
     page = Page(browser, lab, "94_retrieval")
-    old = page.picture()
-    handle = control(page, "query").locator(".noUi-handle")
-    handle.scroll_into_view_if_needed()
-    handle.focus()
-    for _ in range(3):
-        page.page.keyboard.press("ArrowRight")
-    old = page.wait_new(old, "another query")
-    control(page, "answers of camera").locator("select").select_option(index=1)
-    page.wait_new(old, "another camera")
+    old = move(page, "query", "ArrowRight", 3)
+    choose(page, "answers of camera", old, index=1)
     page.shot()
     page.close()

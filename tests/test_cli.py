@@ -129,6 +129,13 @@ def flags(sets):
     return ["--config", sets / "tiny.json", "--synthetic", f"randperson:{sets/'a'}", "--real", f"msmt17:{sets/'b'}", "--target", f"market1501:{sets/'c'}"]
 
 
+def other(flags, name, value):
+    "The same run with another value of a flag: --real may be given more than once, so it is put in the place of the first."
+    flags = list(flags)
+    flags[flags.index(name) + 1] = value
+    return flags
+
+
 def wrong(said, *words):
     "The command refused, in words, and with a remedy."
     assert said.code == 2, said
@@ -238,9 +245,18 @@ def test_table_report_and_shared_stages(domainmix, flags):
 
 
 def test_plain_crops_without_any_labels_serve_as_real_set(domainmix, sets, flags):
-    said = domainmix("run", *flags, "--real", f"folder:{sets/'crops'}", "--run", "crops")
+    said = domainmix("run", *other(flags, "--real", f"folder:{sets/'crops'}"), "--run", "crops")
     assert said.code == 0, said
     assert load_json(domainmix.cwd / "data/runs/crops/config.json")["inputs"]["real"]["identities"] == 0
+
+
+def test_several_real_sets_are_a_domain_each(domainmix, sets, flags):
+    argv = ("run", *flags, "--run", "both", "--real", f"folder:{sets/'crops'}")
+    said = domainmix(*argv)
+    assert said.code == 0, said
+    about = load_json(domainmix.cwd / "data/runs/both/config.json")
+    assert about["real"] == [f"msmt17:{sets/'b'}", f"folder:{sets/'crops'}"] and about["inputs"]["real"]["images"] == 120
+    wrong(domainmix(*argv, "--real", f"msmt17:{sets/'b'}"), "given twice")
 
 
 def test_a_folder_with_a_pattern_serves_as_target(domainmix, sets, flags):
@@ -311,15 +327,15 @@ def test_help_is_readable(domainmix):
 
 def test_missing_folder(domainmix, flags):
     for flag in ("--synthetic", "--real", "--target"):
-        wrong(domainmix("run", *flags, flag, "market1501:/no/such/folder" if flag != "--synthetic" else "randperson:/no/such/folder"), "/no/such/folder")
+        wrong(domainmix("run", *other(flags, flag, "market1501:/no/such/folder" if flag != "--synthetic" else "randperson:/no/such/folder")), "/no/such/folder")
     assert not (domainmix.cwd / "data/runs").exists()
 
 
 def test_wrong_layout_says_what_it_looks_like(domainmix, sets, flags):
-    wrong(domainmix("run", *flags, "--real", f"market1501:{sets/'b'}"), sets / "b", "msmt17")
+    wrong(domainmix("run", *other(flags, "--real", f"market1501:{sets/'b'}")), sets / "b", "msmt17")
     wrong(domainmix("run", *flags, "--target", f"msmt17:{sets/'c'}"), sets / "c", "market1501")
-    wrong(domainmix("run", *flags, "--real", str(sets / "b")), "msmt17:")
-    wrong(domainmix("run", *flags, "--real", f"market:{sets/'c'}"), "market1501")
+    wrong(domainmix("run", *other(flags, "--real", str(sets / "b"))), "msmt17:")
+    wrong(domainmix("run", *other(flags, "--real", f"market:{sets/'c'}")), "market1501")
 
 
 def test_empty_split(domainmix, sets, flags):
@@ -327,7 +343,7 @@ def test_empty_split(domainmix, sets, flags):
     for file in (domainmix.cwd / "c/query").iterdir(): file.unlink()
     wrong(domainmix("run", *flags, "--target", f"market1501:{domainmix.cwd/'c'}"), "query")
     (domainmix.cwd / "none").mkdir()
-    wrong(domainmix("run", *flags, "--real", f"folder:{domainmix.cwd/'none'}"), "none")
+    wrong(domainmix("run", *other(flags, "--real", f"folder:{domainmix.cwd/'none'}")), "none")
 
 
 def test_unreadable_images_are_named_or_skipped_and_counted(domainmix, sets, flags):
@@ -337,7 +353,7 @@ def test_unreadable_images_are_named_or_skipped_and_counted(domainmix, sets, fla
     (crops / names[3]).write_bytes(b"")                                      # zero bytes
     (crops / names[9]).write_bytes((crops / names[9]).read_bytes()[:200])      # truncated
     (crops / names[20]).write_text("no picture at all")
-    argv = ("run", *flags, "--real", f"folder:{crops}", "--method", "directmix", "--run", "bad")
+    argv = ("run", *other(flags, "--real", f"folder:{crops}"), "--method", "directmix", "--run", "bad")
     wrong(domainmix(*argv), names[3], names[9], names[20], "3 of 60", "skip")
     said = domainmix(*argv, "--skip-bad")
     assert said.code == 0 and "3 of real" in said.out and names[9] in said.err, said
@@ -345,7 +361,7 @@ def test_unreadable_images_are_named_or_skipped_and_counted(domainmix, sets, fla
 
 
 def test_pattern_that_matches_nothing(domainmix, sets, flags):
-    wrong(domainmix("run", *flags, "--real", f"folder:{sets/'crops'}", "--pattern", r"(?P<pid>\d+)@(?P<camera>\d)"), "matches none of the 60", sets / "crops")
+    wrong(domainmix("run", *other(flags, "--real", f"folder:{sets/'crops'}"), "--pattern", r"(?P<pid>\d+)@(?P<camera>\d)"), "matches none of the 60", sets / "crops")
     wrong(domainmix("run", *flags, "--pattern", r"(?P<pid>\d+)"), "folder:")
     wrong(domainmix("run", *flags, "--target", f"folder:{sets/'crops'}"), "no identities", "--target-pattern")
 
@@ -355,8 +371,8 @@ def test_one_identity_or_one_camera(domainmix, sets, flags):
     one = picture_folder(domainmix.cwd / "one", 1, 8, 2, 3)
     view = picture_folder(domainmix.cwd / "view", 8, 4, 1, 3)
     for flag in ("--synthetic", "--real", "--target"):
-        wrong(domainmix("run", *flags, flag, f"folder:{one}", "--pattern", pattern), "one identity", one)
-        wrong(domainmix("run", *flags, flag, f"folder:{view}", "--pattern", pattern), "one camera", view)
+        wrong(domainmix("run", *other(flags, flag, f"folder:{one}"), "--pattern", pattern), "one identity", one)
+        wrong(domainmix("run", *other(flags, flag, f"folder:{view}"), "--pattern", pattern), "one camera", view)
 
 
 def test_fewer_identities_than_the_batch_wants(domainmix, flags):
@@ -371,7 +387,7 @@ def test_no_clusters_or_everything_in_one(domainmix, sets, flags):
     picture_folder(same, 1, 40, 1, 0)
     image = next(same.iterdir()).read_bytes()
     for file in same.iterdir(): file.write_bytes(image)
-    wrong(domainmix("label", *flags, "--run", "one", "--real", f"folder:{same}"), "stage1", "one cluster")
+    wrong(domainmix("label", *other(flags, "--real", f"folder:{same}"), "--run", "one"), "stage1", "one cluster")
     wrong(domainmix("label", *flags, "--run", "small", "--lower", "50"), "no label has 50 to 120 images", "--lower")
 
 
