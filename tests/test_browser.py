@@ -159,10 +159,10 @@ def move(page, label, key, times):
     return page.wait_new(old, f"moving {label}")
 
 
-def choose(page, label, old, **option):
+def choose(page, menu, old, **option):
     "Choose from a menu, and see the picture change."
-    control(page, label).locator("select").select_option(**option)
-    return page.wait_new(old, f"choosing {label}")
+    control(page, menu).locator("select").select_option(**option)
+    return page.wait_new(old, f"choosing in {menu}")
 
 
 def test_noisy_clusters(browser, lab):
