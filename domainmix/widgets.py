@@ -278,8 +278,9 @@ class Process:
 
     def stop(self) -> None:
         "Interrupt it as Ctrl-C does: what it finished is kept."
-        self.interrupted = self.running
-        if self.running: self.process.send_signal(signal.SIGINT)
+        if self.running:
+            self.interrupted = True
+            self.process.send_signal(signal.SIGINT)
 
     def wait(self, seconds: float | None = None) -> int | None:
         "Its exit code; None where it takes longer."
@@ -327,8 +328,10 @@ class Watched(View):
 
     def watch(self, every: float = 1.) -> None:
         "Draw the curves while it runs; say how it ended."
-        seen = None
+        seen, waited = None, 0
         while self.process.running:
+            waited += self.process.interrupted
+            if waited and waited % 5 == 0: self.process.stop()      # a library that is being imported may swallow the first
             lines = self.lines()
             if len(lines) != seen: seen = len(lines); self.draw(lines)
             self.note.value = f"<p>running: {seen} epochs of {html.escape(self.process.home.name)} so far</p>"
