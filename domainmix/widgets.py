@@ -277,10 +277,10 @@ class Process:
                                             stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
 
     def stop(self) -> None:
-        "Interrupt it as Ctrl-C does: what it finished is kept."
+        "Interrupt it as Ctrl-C does; said again, end it. What it finished is kept either way."
         if self.running:
+            self.process.send_signal(signal.SIGTERM if self.interrupted else signal.SIGINT)
             self.interrupted = True
-            self.process.send_signal(signal.SIGINT)
 
     def wait(self, seconds: float | None = None) -> int | None:
         "Its exit code; None where it takes longer."
@@ -331,7 +331,7 @@ class Watched(View):
         seen, waited = None, 0
         while self.process.running:
             waited += self.process.interrupted
-            if waited and waited % 5 == 0: self.process.stop()      # a library that is being imported may swallow the first
+            if waited and waited % 5 == 0: self.process.stop()      # what a background job starts is deaf to interrupts
             lines = self.lines()
             if len(lines) != seen: seen = len(lines); self.draw(lines)
             self.note.value = f"<p>running: {seen} epochs of {html.escape(self.process.home.name)} so far</p>"
