@@ -20,8 +20,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .core import DomainMixError, generator, load_state, load_weights
+from .core import DomainMixError, generator, load_state, load_weights, ranks
 from .osnet import osnet_body
+from .parallel import AcrossBatchNorm
 
 # %% ../nbs/20_backbone.ipynb #78916151
 def _update_running(bn: _BatchNorm, mean: Tensor, var: Tensor) -> None:
@@ -162,7 +163,7 @@ class IBN(nn.Module):
 
     def _norm(self, x: Tensor, bn: _BatchNorm) -> Tensor:
         half = self.IN.num_features
-        if x.device.type != "cpu":                         # a GPU's own kernels for the two halves
+        if x.device.type != "cpu" or isinstance(bn, AcrossBatchNorm):  # a GPU's own kernels for the two halves
             return torch.cat([self.IN(x[:, :half]), bn(x[:, half:])], 1)
         weight, bias = torch.cat([self.IN.weight, bn.weight]), torch.cat([self.IN.bias, bn.bias])
         if not bn.training:
@@ -402,15 +403,22 @@ def _ghost(bn: _BatchNorm, samples_per_bn: int) -> GhostBatchNorm:
     new.plain = type(bn)
     return new
 
+
+def _across(bn: _BatchNorm) -> _BatchNorm:
+    "Over all processes: torch's own on GPUs, ours elsewhere."
+    new = _same_bn(bn, (nn.SyncBatchNorm if torch.distributed.get_backend() == "nccl" else AcrossBatchNorm)(bn.num_features))
+    new.plain = type(bn)
+    return new
+
 # %% ../nbs/20_backbone.ipynb #e331443c
 def to_ghost_bn(
     net: nn.Module,                # any network
-    samples_per_bn: int | None,    # images in a group; None: leave them as they are
+    samples_per_bn: int | None,    # images in a group; None: the whole batch, of all processes
 ) -> nn.Module:                    # a copy
     "Normalise every `samples_per_bn` images of a training batch by themselves."
     net = copy.deepcopy(net)
     if samples_per_bn is None:
-        return net
+        return net if ranks()[1] == 1 else _replace(net, (nn.BatchNorm1d, nn.BatchNorm2d), _across)
     return _replace(net, (nn.BatchNorm1d, nn.BatchNorm2d), lambda bn: _ghost(bn, samples_per_bn))
 
 
@@ -433,7 +441,7 @@ def from_domain_bn(
         if isinstance(m, DomainBatchNorm) and not 0 <= domain < len(m.domains):
             raise DomainMixError(f"there is no domain {domain}", f"this network has the domains 0 to {len(m.domains) - 1}")
     net = _replace(copy.deepcopy(net), DomainBatchNorm, lambda m: m.domains[domain])
-    return _replace(net, GhostBatchNorm, lambda bn: _same_bn(bn, bn.plain(bn.num_features)))
+    return _replace(net, (GhostBatchNorm, AcrossBatchNorm, nn.SyncBatchNorm), lambda bn: _same_bn(bn, bn.plain(bn.num_features)))
 
 # %% ../nbs/20_backbone.ipynb #0b241698
 def set_bn_domain(

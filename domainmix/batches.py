@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MEAN', 'STD', 'TRIES', 'to_rgb', 'upright', 'read_picture', 'reason', 'decode', 'bad_pictures',
-           'content_key', 'open_cache', 'fill_cache', 'load_images', 'normalise', 'AugmentConfig', 'draw', 'rectangles',
-           'crop', 'erase', 'augment', 'TrainSet', 'train_set', 'shifted', 'union', 'choose', 'stretches',
-           'IdentityIndex', 'pools', 'PKSampler']
+           'content_key', 'open_cache', 'fill_cache', 'decoded', 'from_cache', 'load_images', 'normalise',
+           'AugmentConfig', 'draw', 'rectangles', 'crop', 'erase', 'augment', 'TrainSet', 'train_set', 'Pile',
+           'shifted', 'union', 'choose', 'stretches', 'IdentityIndex', 'pools', 'PKSampler']
 
 # %% ../nbs/12_batches.ipynb #64dbf548
 import functools, math, os, warnings
@@ -18,7 +18,7 @@ import numpy as np, torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from .core import DomainMixError, fingerprint, load_json, save_json, write_atomic
+from .core import DomainMixError, fingerprint, load_json, locked, save_json, write_atomic
 from .data import Records, shown
 
 # %% ../nbs/12_batches.ipynb #aabcce45
@@ -90,18 +90,20 @@ def content_key(records: Records, # which pictures
         try: s = os.stat(f); return s.st_size, s.st_mtime_ns
         except OSError: return -1, -1
     return fingerprint(dict(paths=records.path, files=np.array([stat(f) for f in records.files()], dtype=np.int64),
-                            size=[height, width], form=1))
+                            size=[height, width], form=2))
 
 def open_cache(folder: Path, # where caches lie
                key: str,     # what `content_key` says
                shape: tuple  # (N, 3, height, width) of all pictures, readable or not
-              ) -> tuple[np.ndarray, dict[int, str]] | None:
-    "The readable pictures, memory-mapped, and what is wrong with the others; None where no whole cache is."
+              ) -> tuple[np.ndarray, dict[int, str], str] | None:
+    "The readable pictures, memory-mapped, what is wrong with the others, and the pixels' digest; None where no whole cache is."
     try:
-        bad = {int(i): why for i, why in load_json(folder/f"{key}.json")["bad"].items()}
+        index = load_json(folder/f"{key}.json")
+        bad, digest = {int(i): str(why) for i, why in index["bad"].items()}, str(index["digest"])
         images = np.load(folder/f"{key}.npy", mmap_mode="c")  # c: nothing that is written reaches the file
-    except (DomainMixError, OSError, ValueError, KeyError, EOFError): return None
-    return (images, bad) if images.shape == (shape[0] - len(bad), *shape[1:]) and images.dtype == np.uint8 else None
+    except (DomainMixError, OSError, ValueError, KeyError, EOFError, TypeError, AttributeError): return None
+    whole = isinstance(images, np.ndarray) and images.shape == (shape[0] - len(bad), *shape[1:]) and images.dtype == np.uint8 and images.flags.c_contiguous
+    return (images, bad, digest) if whole and all(0 <= i < shape[0] for i in bad) else None
 
 # %% ../nbs/12_batches.ipynb #b5ce5e5b
 def fill_cache(folder: Path, key: str, files: list[str], shape: tuple) -> dict[int, str]:
@@ -115,34 +117,48 @@ def fill_cache(folder: Path, key: str, files: list[str], shape: tuple) -> dict[i
             out = new(p, shape=(len(keep), *shape[1:]))
             for a in range(0, len(keep), 4096): out[a:a + 4096] = old[keep[a:a + 4096]]
         write_atomic(path, without_bad)
-    if len(bad) < len(files): save_json(folder/f"{key}.json", dict(bad=bad))
-    else: path.unlink()
+    if len(bad) == len(files): path.unlink()
+    else: save_json(folder/f"{key}.json", dict(bad=bad, digest=fingerprint(np.load(path, mmap_mode="r"))))
     return bad
 
 # %% ../nbs/12_batches.ipynb #06752685
+def decoded(records: Records,           # which pictures
+            height: int, width: int,    # size of the result, pixels
+            cache: str | Path | None = None, # folder of caches; None: decode into memory
+            skip_bad: bool = False      # leave unreadable pictures out, instead of an error
+           ) -> tuple[torch.Tensor, Records, str]:
+    "The pictures as uint8 (N, 3, height, width), the records of those that could be read, and a digest of the pixels."
+    if not len(records): raise DomainMixError("no pictures to load", "check the data set: this part of it is empty")
+    files, shape = records.files(), (len(records), 3, height, width)
+    if cache is None:
+        images = np.empty(shape, np.uint8)
+        bad, found = decode(files, images), None
+    else: bad, found = from_cache(Path(cache), content_key(records, height, width), files, shape)
+    if bad and (not skip_bad or len(bad) == len(files)):
+        raise DomainMixError(f"{bad_pictures(records.path, bad)} (in {shown(records.root)})",
+                             "unpack or copy them again; skip_bad leaves such pictures out")
+    if bad: warnings.warn(f"left out: {bad_pictures(records.path, bad)} (in {shown(records.root)})")
+    keep = np.setdiff1d(np.arange(len(files)), list(bad))
+    images, digest = found or (images[keep] if bad else images, None)
+    return torch.from_numpy(images), records[keep] if bad else records, digest or fingerprint(images)
+
+def from_cache(folder: Path, key: str, files: list[str], shape: tuple) -> tuple[dict[int, str], tuple[np.ndarray, str] | None]:
+    "What is wrong with some pictures; and the others and their digest out of the cache, which is filled if need be."
+    found = open_cache(folder, key, shape)
+    if found is None:
+        with locked(folder, wait=True):                     # of two who want to fill it the second finds it full
+            found = open_cache(folder, key, shape)
+            if found is None: bad = fill_cache(folder, key, files, shape)
+        found = found or open_cache(folder, key, shape)
+    return (bad, None) if found is None else (found[1], (found[0], found[2]))
+
 def load_images(records: Records,           # which pictures
                 height: int = 64, width: int = 32,  # size of the result, pixels
                 cache: str | Path | None = None, # folder of caches; None: decode into memory
                 skip_bad: bool = False      # leave unreadable pictures out, instead of an error
                ) -> tuple[torch.Tensor, Records]:
     "The pictures as uint8 (N, 3, height, width), decoded once, and the records of those that could be read."
-    if not len(records): raise DomainMixError("no pictures to load", "check the data set: this part of it is empty")
-    files, shape = records.files(), (len(records), 3, height, width)
-    if cache is None:
-        images = np.empty(shape, np.uint8)
-        bad, images = decode(files, images), images
-    else:
-        cache, key = Path(cache), content_key(records, height, width)
-        if (found := open_cache(cache, key, shape)) is None: bad = fill_cache(cache, key, files, shape)
-        else: bad = found[1]
-    if bad and (not skip_bad or len(bad) == len(files)):
-        raise DomainMixError(f"{bad_pictures(records.path, bad)} (in {shown(records.root)})",
-                             "unpack or copy them again; skip_bad leaves such pictures out")
-    if bad: warnings.warn(f"left out: {bad_pictures(records.path, bad)} (in {shown(records.root)})")
-    keep = np.setdiff1d(np.arange(len(files)), list(bad))
-    if cache is None: images = images[keep] if bad else images
-    else: images = open_cache(cache, key, shape)[0]
-    return torch.from_numpy(images), records[keep] if bad else records
+    return decoded(records, height, width, cache, skip_bad)[:2]
 
 # %% ../nbs/12_batches.ipynb #b83f3dd2
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
@@ -231,17 +247,17 @@ def erase(images: torch.Tensor, # float (B, 3, H, W), normalised; changed in pla
 # %% ../nbs/12_batches.ipynb #cc3a87ff
 def augment(images: torch.Tensor,       # uint8 (B, 3, H, W)
             config: AugmentConfig,
-            generator: torch.Generator  # where randomness comes from
+            random: torch.Generator | torch.Tensor # where randomness comes from, or the numbers themselves, as `draw` gives them
            ) -> torch.Tensor:
     "The batch, augmented and normalised: float (B, 3, H, W)."
-    u = draw(len(images), generator).to(images.device)
+    u = (draw(len(images), random) if isinstance(random, torch.Generator) else random).to(images.device)
     return erase(normalise(crop(images, u, config)), u, config)
 
 # %% ../nbs/12_batches.ipynb #bd050903
 @dataclass
 class TrainSet:
     "Pictures to train on."
-    images: torch.Tensor # uint8 (N, 3, H, W)
+    images: "torch.Tensor | Pile" # uint8 (N, 3, H, W)
     label: torch.Tensor  # int64 (N,), class 0, 1, ...; -1: not to be drawn
     camera: torch.Tensor # int64 (N,), -1 where unknown
     domain: torch.Tensor # int64 (N,), 0 synthetic, 1 and up real
@@ -275,6 +291,53 @@ def train_set(images: torch.Tensor, # uint8 (N, 3, H, W), of `load_images`
     label = records.relabel() if label is None else label
     return TrainSet(images, label, records.camera, torch.full((len(records),), domain))
 
+# %% ../nbs/12_batches.ipynb #f822c835
+class Pile:
+    "Images of several sets as one uint8 (N, 3, H, W), each looked up where it lies."
+    dtype, ndim, device = torch.uint8, 4, torch.device("cpu")
+
+    def __init__(self, sources: list[torch.Tensor], # uint8 (N_i, 3, H, W) on the CPU, memory-mapped or not
+                 source: torch.Tensor,              # int (N,), which of them
+                 row: torch.Tensor                  # int64 (N,), and where in it
+                ):
+        self.sources, self.source, self.row = sources, source, row
+        self.shape = torch.Size([len(row), *sources[0].shape[1:]])
+
+    @classmethod
+    def of(cls, *images: "torch.Tensor | Pile") -> "Pile":
+        "All of them, one after the other."
+        sources, source, row = [], [], []
+        for x in images:
+            if not isinstance(x, Pile): x = cls([x], torch.zeros(len(x), dtype=torch.int32), torch.arange(len(x)))
+            source.append(x.source + len(sources)); row.append(x.row)
+            sources += x.sources
+        return cls(sources, torch.cat(source), torch.cat(row))
+
+    def __len__(self): return len(self.row)
+
+    @property
+    def nbytes(self) -> int: return self.shape.numel()
+
+    def rows(self, index) -> "Pile":
+        "The images at `index`, still where they lie."
+        return Pile(self.sources, self.source[index], self.row[index])
+
+    def __getitem__(self, index) -> torch.Tensor:
+        "The images at `index` (a number, a slice, places or a mask), copied."
+        source, row = self.source[index], self.row[index]
+        if not row.ndim: return self.sources[source][row]
+        out = torch.empty(len(row), *self.shape[1:], dtype=torch.uint8)
+        for i, images in enumerate(self.sources):
+            here = (source == i).nonzero()[:, 0]
+            if len(here): out[here] = images[row[here]]
+        return out
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        "All of them on `device`, sent a few thousand at a time."
+        out = torch.empty(self.shape, dtype=torch.uint8, device=device)
+        for a in range(0, len(self), 4096): out[a:a + 4096] = self[a:a + 4096].to(device)
+        return out
+
 # %% ../nbs/12_batches.ipynb #78e8e932
 def shifted(parts: list[torch.Tensor] # int64 (N_i,) each, -1 where unknown
            ) -> torch.Tensor:
@@ -291,7 +354,7 @@ def union(*sets: TrainSet # with the domains that they already carry
     sizes = {tuple(s.images.shape[1:]) for s in sets}
     if len(sizes) != 1:
         raise DomainMixError(f"images of sizes {sorted(sizes)} cannot be mixed", "load all with one height and width")
-    return TrainSet(torch.cat([s.images for s in sets]), shifted([s.label for s in sets]), shifted([s.camera for s in sets]),
+    return TrainSet(Pile.of(*(s.images for s in sets)), shifted([s.label for s in sets]), shifted([s.camera for s in sets]),
                     torch.cat([s.domain for s in sets]))
 
 # %% ../nbs/12_batches.ipynb #8017b0b5

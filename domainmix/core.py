@@ -6,10 +6,10 @@
 __all__ = ['DomainMixError', 'fails', 'generator', 'pick_device', 'bf16_is_fast', 'autocast', 'compiled', 'ranks', 'write_atomic',
            'Terminated', 'terminable', 'held', 'reading', 'plain', 'save_json', 'load_json', 'save_arrays',
            'load_arrays', 'save_weights', 'load_weights', 'about_weights', 'save_state', 'load_state', 'append_jsonl',
-           'load_jsonl', 'Log', 'fit', 'to_dict', 'from_dict', 'with_overrides', 'fingerprint', 'shared']
+           'load_jsonl', 'Log', 'locked', 'fit', 'to_dict', 'from_dict', 'with_overrides', 'fingerprint', 'shared']
 
 # %% ../nbs/00_core.ipynb #850b738a
-import contextlib, dataclasses, difflib, functools, hashlib, json, os, pickle, signal, threading, types, typing, warnings, zipfile
+import contextlib, dataclasses, difflib, functools, hashlib, importlib.util, json, os, pickle, signal, socket, threading, time, types, typing, warnings, zipfile
 from pathlib import Path
 from typing import Any, Callable
 
@@ -128,7 +128,7 @@ def write_atomic(path: str | Path,              # the file to write; its folder 
     finally: beside.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_core.ipynb #d03ce3f9
+# %% ../nbs/00_core.ipynb #39c04011
 class Terminated(KeyboardInterrupt):
     "SIGTERM came."
 
@@ -142,9 +142,11 @@ def _on_term(*_):
 def terminable():
     "Inside, SIGTERM raises `Terminated`; at once, or where it is `held` when its holder looks."
     if threading.current_thread() is not threading.main_thread(): yield; return   # only the main thread hears signals
-    _term.asked, before = False, signal.signal(signal.SIGTERM, _on_term)
+    before, _term.held = signal.signal(signal.SIGTERM, _on_term), False
     try: yield
-    finally: signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        _term.asked = False
 
 # %% ../nbs/00_core.ipynb #baaffacb
 @contextlib.contextmanager
@@ -291,6 +293,40 @@ class Log:
         return line
 
     append_jsonl = __call__
+
+# %% ../nbs/00_core.ipynb #e88909bb
+def _lock(file, wait: bool) -> None:
+    "Lock an open file; `BlockingIOError` if another process has it."
+    import fcntl
+    for patience in (.05, .1, None):
+        try: return fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:                  # maybe somebody only looks whether it is locked
+            if patience is None: raise
+            time.sleep(patience)
+        except OSError: return                   # some network file systems have no locks
+
+def _owner(path: Path) -> str:
+    "Who holds the lock, as it wrote itself."
+    try: d = json.loads(path.read_text()); return f"process {d['pid']} on {d['host']}, since {d['since']},"
+    except (OSError, ValueError, KeyError, TypeError): return "another process"
+
+@contextlib.contextmanager
+def locked(folder: str | Path,  # made if missing
+           wait: bool = False   # wait for another process, instead of being refused
+          ):
+    "Hold `folder` for this process, or for all that work on one run."
+    path = Path(folder)/".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if ranks()[0] or importlib.util.find_spec("fcntl") is None: yield; return    # there are systems without such locks
+    with open(path, "a") as f:
+        try: _lock(f, wait)
+        except BlockingIOError: raise DomainMixError(f"{_owner(path)} is at work in {folder}", "wait for it, stop it, or choose another --run") from None
+        f.truncate(0)
+        f.write(json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S %z"))))
+        f.flush()
+        for left in path.parent.glob(".*.part*"): left.is_file() and left.unlink(missing_ok=True)
+        try: yield
+        finally: f.truncate(0)
 
 # %% ../nbs/00_core.ipynb #3c08a0f2
 def fit(hint: Any,   # a type, as a field declares it

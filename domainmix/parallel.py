@@ -6,9 +6,8 @@
 __all__ = ['PATIENCE', 'start', 'same_kind', 'everyone', 'once', 'first', 'any_of', 'divided', 'share', 'gathered', 'mean_over',
            'mean_gradients', 'stretch', 'joined', 'AcrossBatchNorm', 'level']
 
-# %% ../nbs/05_parallel.ipynb #3ee1cf75
+# %% ../nbs/05_parallel.ipynb #41a0da6a
 import os
-import platform
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -150,13 +149,13 @@ def mean_gradients(
     flat = mean_over(torch.cat([g.reshape(-1) for g in grads]))
     for g, part in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(part.view(g.shape))
 
-# %% ../nbs/05_parallel.ipynb #8dca406d
+# %% ../nbs/05_parallel.ipynb #9b75d475
 def stretch(
     n: int,    # rows in all
 ) -> slice:
     "The rows that this process does."
     rank, of = ranks()
-    return slice(n * rank // of, n * (rank + 1) // of)
+    return slice(n * rank // of, n * (rank + 1) // of) if n >= of else slice(None)
 
 
 def joined(
@@ -165,7 +164,7 @@ def joined(
 ) -> Tensor:       # (n, ...)
     "The stretches of all processes, one after the other."
     of = ranks()[1]
-    if of == 1: return rows
+    if of == 1 or n < of: return rows
     longest = -(-n // of)
     filled = rows.new_zeros(longest, *rows.shape[1:])
     filled[:len(rows)] = rows

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SpCLConfig', 'class_scores', 'rounds', 'remember', 'Labels', 'Memory', 'full_batch', 'real_sampler', 'adaptable',
-           'look_as', 'group', 'regroup', 'Mixture', 'fill', 'epoch_line', 'contrast', 'run_key', 'adapt']
+           'look_as', 'group', 'regroup', 'draws', 'Mixture', 'fill', 'epoch_line', 'contrast', 'run_key', 'adapt']
 
 # %% ../nbs/32_spcl.ipynb #fd9c4364
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import DomainBatchNorm, ReIDNet, from_domain_bn, set_bn_domain, to_domain_bn, to_ghost_bn
-from .batches import AugmentConfig, PKSampler, TrainSet, augment
+from .batches import AugmentConfig, PKSampler, Pile, TrainSet, augment, draw
 from .core import DomainMixError, autocast, from_dict, generator, pick_device, to_dict
-from .loop import Run, adam, class_means, data_key, embed_images, lr_schedule, place, set_lr, take, weights_key
+from .loop import Run, adam, ahead, class_means, data_key, embed_images, lr_schedule, place, set_lr, take, weights_key
+from .parallel import divided, gathered, mean_gradients, once, share
 from .knn import camera_centre
 from .pseudolabel import ClusterConfig, Clusters, alone, assign, cluster, label_quality
 
@@ -201,7 +203,8 @@ def group(
 def regroup(memory: Labels, features: Tensor, camera: Tensor, config: SpCLConfig) -> Clusters:
     "Give the memory the labels of `features`; where there are no clusters, let it keep those that it has."
     known = memory.threshold.item() >= 0
-    try: clusters, label = group(features, camera, config, memory.threshold.item() if known else None)
+    threshold = memory.threshold.item() if known else None
+    try: clusters, label = once(lambda: group(features, camera, config, threshold))
     except DomainMixError as e:
         if not known: raise
         warnings.warn(f"{e.what}; the labels of the epoch before are kept")
@@ -211,36 +214,45 @@ def regroup(memory: Labels, features: Tensor, camera: Tensor, config: SpCLConfig
     memory.relabel(label)
     return clusters
 
+# %% ../nbs/32_spcl.ipynb #d9fd7361
+def draws(mix: "Mixture", label: np.ndarray, pick: torch.Generator, alter: torch.Generator):
+    "Endless (places in each set, random numbers of the augmentation) of whole batches; `label` (N,) are the real images' clusters."
+    real, by = real_sampler(label, mix.camera, mix.config)
+    while True:
+        index = [full_batch(real, by, mix.config.p * mix.config.k, pick)]
+        if mix.synthetic is not None: index = [mix.sampler.sample(pick), *index]
+        yield index, draw(sum(map(len, index)), alter)
+
 # %% ../nbs/32_spcl.ipynb #3793f196
 class Mixture:
     "Batches of synthetic and real images, and the memory rows they belong to."
     def __init__(
         self,
         synthetic: TrainSet | None,  # labelled; None: only real images
-        images: Tensor,              # (N, 3, H, W) uint8, real
+        images: Tensor | Pile,       # (N, 3, H, W) uint8, real
         camera: Tensor | None,       # (N,) of the real images, -1 where unknown
         config: SpCLConfig,
         device: torch.device,
     ):
         self.config, self.device, self.synthetic = config, device, synthetic
+        divided(config.p, "stage1")
         self.camera = torch.full((len(images),), -1) if camera is None else torch.as_tensor(camera).long()
         self.images, self.n_synthetic = [place(images, device)], 0
         if synthetic is not None:
             self.images, self.n_synthetic = [place(synthetic.images, device), *self.images], synthetic.n_classes
             self.sampler = PKSampler(synthetic.label, synthetic.camera, p=config.p, k=config.k)
 
-    def batches(self, label: np.ndarray, pick: torch.Generator, alter: torch.Generator):
-        "Endless (images, memory rows), synthetic ones first; `label` (N,) are the real images' clusters."
-        real, by = real_sampler(label, self.camera, self.config)
-        while True:
-            index = [full_batch(real, by, self.config.p * self.config.k, pick)]
-            rows = [self.n_synthetic + index[0]]
-            if self.synthetic is not None:
-                index = [self.sampler.sample(pick), *index]
-                rows = [self.synthetic.label[index[0]], *rows]
-            image = torch.cat([take(x, i, self.device) for x, i in zip(self.images, index)])
-            image = augment(image, self.config.augment, alter).contiguous(memory_format=torch.channels_last)
-            yield image, torch.cat(rows).to(self.device)
+    def batches(self, label: np.ndarray, pick: torch.Generator, alter: torch.Generator, done: int = 0):
+        "Endless (images, memory rows), synthetic ones first, after `done` batches; `label` (N,) are the real images' clusters."
+        def load(index, numbers):
+            index, numbers = [share(i) for i in index], share(numbers, len(index))
+            image = augment(torch.cat([take(x, i, self.device) for x, i in zip(self.images, index)]), self.config.augment, numbers)
+            rows = [self.n_synthetic + index[-1]]
+            if self.synthetic is not None: rows = [self.synthetic.label[index[0]], *rows]
+            return image.contiguous(memory_format=torch.channels_last), torch.cat(rows).to(self.device)
+        made = itertools.starmap(load, itertools.islice(draws(self, label, pick, alter), done, None))
+        streamed = self.device.type == "cuda" and any(x.device.type == "cpu" for x in self.images)
+        return ahead(made) if streamed else made
 
     def terms(self, each: Tensor) -> dict[str, Tensor]:
         "The losses of a batch's images as a mean for each domain."
@@ -274,8 +286,7 @@ def contrast(net: nn.Module, memory: Memory, mix: Mixture, optimiser, lr: np.nda
     "One epoch: a feature, its contrast with the memory, a step down, and the memory remembers."
     net.train()
     look_as(net, "halves" if mix.synthetic is not None else 1)
-    run.meter.clock()
-    for rate, (image, row) in zip(lr, batches):
+    for rate, (image, row) in zip(run.steps(lr), batches):
         set_lr(optimiser, rate)
         with autocast(mix.device, mix.config.precision):
             feature = net.embed(image)
@@ -283,8 +294,9 @@ def contrast(net: nn.Module, memory: Memory, mix: Mixture, optimiser, lr: np.nda
         loss = sum(terms.values())
         optimiser.zero_grad()
         loss.backward()
+        mean_gradients(optimiser)
         optimiser.step()
-        memory.update(feature.float(), row)
+        memory.update(*(gathered(x, len(mix.images)) for x in (feature.detach().float(), row)))
         run.add(len(image), loss=loss, **terms)
 
 
@@ -319,9 +331,11 @@ def adapt(
     lr = lr_schedule(config.lr, config.epochs, config.iterations, config.schedule, config.milestones, warmup=config.warmup)
     with Run(stage, config.epochs, lr.size, key, dict(net=net, memory=memory, optimiser=optimiser), folder, log, device) as run:
         for epoch in run:
-            if epoch == 0 or config.refresh: fill(memory, net, mix, synthetic=epoch == 0)
-            regroup(memory, memory.real, mix.camera, config)
-            batches = mix.batches(memory.label.cpu().numpy(), generator(seed, stage, epoch), generator(seed, stage, epoch, "augment", device=device))
+            if run.done: memory.relabel(memory.label.cpu().numpy())     # the epoch was left in the middle
+            else:
+                if epoch == 0 or config.refresh: fill(memory, net, mix, synthetic=epoch == 0)
+                regroup(memory, memory.real, mix.camera, config)
+            batches = mix.batches(memory.label.cpu().numpy(), generator(seed, stage, epoch), generator(seed, stage, epoch, "augment", device=device), run.done)
             contrast(net, memory, mix, optimiser, lr[epoch], batches, run)
             run.end_epoch(lr=lr[epoch, -1], **epoch_line(memory, truth))
     features = mix.embed(net, real_images, 1, config.label_feature)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['DOMAIN_LOSSES', 'TrainConfig', 'DomainConfig', 'discriminates', 'plan', 'Feed', 'mean_features', 'first_classifier',
-           'Classifying', 'Players', 'Reverse', 'backbone_loss', 'accuracy', 'discriminator_loss', 'Trained', 'run_key',
-           'finished', 'train', 'train_invariant']
+           'Classifying', 'compile_net', 'Players', 'Reverse', 'backbone_loss', 'accuracy', 'discriminator_loss',
+           'Trained', 'run_key', 'finished', 'train', 'train_invariant']
 
 # %% ../nbs/40_trainer.ipynb #198e1939
+import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -18,12 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .backbone import ReIDNet
-from .batches import AugmentConfig, PKSampler, TrainSet, augment
+from .backbone import ReIDNet, from_domain_bn, to_ghost_bn
+from .batches import AugmentConfig, PKSampler, TrainSet, augment, draw, normalise
 from .core import DomainMixError, autocast, fingerprint, from_dict, generator, pick_device, to_dict
 from .discriminator import Discriminator
-from .loop import Run, adam, averaged, class_means, data_key, embed_images, lr_schedule, place, set_lr, take, weights_key
+from .loop import (Run, adam, ahead, averaged, class_means, data_key, embed_images, lr_schedule, place, set_lr, take,
+                            weights_key)
 from .losses import discrimination_loss, domain_balance_loss, id_loss, kl_uniform_loss, triplet_loss
+from .parallel import divided, gathered, mean_gradients, share
 
 # %% ../nbs/40_trainer.ipynb #5c8a51a5
 @dataclass
@@ -45,6 +49,8 @@ class TrainConfig:
     margin: float | None = None          # of the triplet loss; None: its soft form
     init_classifier: Literal["random", "pseudo", "means"] = "random"  # rows that start at mean features: none, the pseudo classes', all
     ema: float = 0.                      # decay of an average of the weights, which is then the result; 0: off
+    samples_per_bn: int | None = None    # images that a batch norm sees at once; None: the whole batch, of all processes
+    compile: bool = False                # by torch.compile: a minute at the start, faster steps on a GPU
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
@@ -98,20 +104,28 @@ class Feed:
         stage: str,             # its name: another stage, other batches
         device: torch.device,
     ):
-        self.sampler = PKSampler(data.label, data.camera, data.domain, config.p, config.k, balance=config.balance)
+        self.sampler = PKSampler(data.label, data.camera, data.domain, divided(config.p, stage), config.k, balance=config.balance)
         self.augment, self.seed, self.stage, self.device = config.augment, seed, stage, device
         self.images = place(data.images, device)
         self.label, self.domain = data.label.to(device), data.domain.to(device)
 
-    def __call__(self, epoch: int, player: str, views: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        "Endless (images, labels, domains) for one player in one epoch; `views`: how often the whole batch comes, each time augmented otherwise."
+    def draws(self, epoch: int, player: str, views: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        "Endless (places in the set, random numbers of the augmentation) of whole batches."
         pick = generator(self.seed, self.stage, epoch, player)
         alter = generator(self.seed, self.stage, epoch, player, "augment", device=self.device)
         while True:
             index = self.sampler.sample(pick).repeat(views)
-            image = augment(take(self.images, index, self.device), self.augment, alter)
+            yield index, draw(len(index), alter)
+
+    def __call__(self, epoch: int, player: str, views: int = 1, done: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        "Endless (images, labels, domains) for one player in one epoch, after `done` batches; `views`: how often the whole batch comes, each time augmented otherwise."
+        def load(index, numbers):
+            index = share(index, views)
+            image = augment(take(self.images, index, self.device), self.augment, share(numbers, views))
             index = index.to(self.device)
-            yield image.contiguous(memory_format=torch.channels_last), self.label[index], self.domain[index]
+            return image.contiguous(memory_format=torch.channels_last), self.label[index], self.domain[index]
+        batches = itertools.starmap(load, itertools.islice(self.draws(epoch, player, views), done, None))
+        return ahead(batches) if self.images.device != self.label.device else batches
 
 # %% ../nbs/40_trainer.ipynb #b5a601ac
 def mean_features(
@@ -156,6 +170,25 @@ class Classifying(nn.Module):
         raw, neck = self.net(x)
         return raw, neck, self.classifier(neck)
 
+# %% ../nbs/40_trainer.ipynb #075f015e
+def compile_net(
+    net: nn.Module,        # in place
+    images: Tensor,        # (B, 3, H, W) uint8, a few to try it on
+    device: torch.device,
+) -> bool:                 # is it compiled?
+    "Compile `net`, or say why not."
+    mode = net.training
+    try:
+        net.eval().compile()
+        with torch.no_grad(): net(normalise(images.to(device)).contiguous(memory_format=torch.channels_last))
+        return True
+    except Exception as e:        # whatever a compiler may raise
+        net._compiled_call_impl = None
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        warnings.warn(f"torch.compile does not work here, the network runs uncompiled: {why:.200}")
+        return False
+    finally: net.train(mode)
+
 # %% ../nbs/40_trainer.ipynb #71d65abc
 class Players:
     "All that is trained, and who learns in a turn."
@@ -169,13 +202,14 @@ class Players:
         device: torch.device,
         rows: Tensor | None = None, # (n_classes, D) of an earlier classifier
     ):
-        net = deepcopy(net).to(device, memory_format=torch.channels_last)
+        net = to_ghost_bn(net, config.samples_per_bn).to(device, memory_format=torch.channels_last)
         if rows is None: rows = first_classifier(net, data, config, generator(seed, stage, "classifier"), device)
         if rows.shape != (data.n_classes, net.feature_dim):
             raise DomainMixError(f"the classifier is {tuple(rows.shape)}, and there are {data.n_classes} classes of {net.feature_dim} numbers",
                                  "give the classifier that was trained on the same union of sets, or None")
         self.model, self.discriminator = Classifying(net, rows).to(device), None
         self.average = averaged(self.model, config.ema)
+        if config.compile: compile_net(self.model, data.images[:2], device)
         self.optimiser, self.opponent = adam(self.model, config.lr, config.weight_decay), None
         loss = getattr(config, "loss", "none")
         self.reversed = loss == "reverse"
@@ -224,10 +258,10 @@ def backbone_loss(
     with autocast(image.device, config.precision):
         raw, neck, logits = model(image)
     terms = dict(id=id_loss(logits, label, config.smoothing, config.temperature),
-                 triplet=triplet_loss(raw.float(), label, config.margin))
+                 triplet=triplet_loss(gathered(raw.float()), gathered(label), config.margin))
     loss = config.lambda_id * terms["id"] + terms["triplet"]
     if discriminator is not None:
-        feature = (neck if config.feature == "neck" else raw).float()
+        feature, domain = gathered((neck if config.feature == "neck" else raw).float()), gathered(domain)
         if config.loss == "reverse":
             scores = discriminator(Reverse.apply(feature, config.lambda_m * reversal))
             terms |= dict(d=discrimination_loss(scores, domain), d_accuracy=accuracy(scores, domain))
@@ -256,7 +290,7 @@ def discriminator_loss(
     "Eq. (5), the backbone fixed."
     with torch.no_grad(), autocast(image.device, config.precision):
         raw, neck = model.net(image)
-    scores = discriminator((neck if config.feature == "neck" else raw).float())
+    scores, domain = discriminator(gathered((neck if config.feature == "neck" else raw).float())), gathered(domain)
     loss = discrimination_loss(scores, domain)
     return loss, dict(d=loss, d_accuracy=accuracy(scores, domain))
 
@@ -278,7 +312,7 @@ def run_key(net, data, config, seed, classifier) -> dict:
 def finished(players: Players, history: list[dict]) -> Trained:
     "What is left of the players after the last epoch."
     best = (players.average.module if players.average else players.model).eval()
-    return Trained(best.net, best.classifier.weight.detach().cpu(), players.discriminator and players.discriminator.eval(), history)
+    return Trained(from_domain_bn(best.net), best.classifier.weight.detach().cpu(), players.discriminator and players.discriminator.eval(), history)
 
 # %% ../nbs/40_trainer.ipynb #fc35f2d0
 def train(
@@ -303,8 +337,10 @@ def train(
     with Run(stage, len(epochs), len(steps), key, players.parts(), folder, log, device) as run:
         for n in run:
             epoch = int(epochs[n])
-            batches = feed(epoch, "backbone"), feed(epoch, "discriminator")
-            for _, discriminates, lr, reversal in steps[steps.epoch == epoch].tolist():
+            turns = steps[steps.epoch == epoch].tolist()
+            done = sum(turn[1] for turn in turns[:run.done])
+            batches = feed(epoch, "backbone", done=run.done - done), feed(epoch, "discriminator", done=done)
+            for _, discriminates, lr, reversal in run.steps(turns):
                 image, label, domain = next(batches[discriminates])
                 learners = players.turn(discriminates, lr)
                 if discriminates:
@@ -313,10 +349,11 @@ def train(
                     loss, terms = backbone_loss(players.model, players.discriminator, image, label, domain, config, reversal)
                 for optimiser in learners: optimiser.zero_grad()
                 loss.backward()
+                mean_gradients(*learners)
                 for optimiser in learners: optimiser.step()
                 if players.average and not discriminates: players.average.update_parameters(players.model)
                 run.add(len(label), **terms)
-            run.end_epoch(lr=lr)
+            run.end_epoch(lr=turns[-1][2])
     return finished(players, run.history)
 
 # %% ../nbs/40_trainer.ipynb #fdeed57c
