@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 # %% ../nbs/50_evaluate.ipynb #da708ab0
 from .core import DomainMixError, compiled, generator, pick_device
+from .parallel import once
 from .data import Records
+from .batches import Pile
 from .knn import true_products, unit
 from .loop import embed_images
 from .rerank import Rerank, reranked
@@ -205,7 +207,7 @@ def extract(net: torch.nn.Module,   # has `embed`: (B, 3, H, W) normalised, 'nec
             feature: str = "neck"   # after the BN neck, or 'raw', before it
            ) -> np.ndarray:
     "Features of images, float32 (N, D), rows of length one."
-    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+    if not isinstance(images, (torch.Tensor, Pile)) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         found = f"{images.dtype} of shape {tuple(images.shape)}" if hasattr(images, "dtype") else f"a {type(images).__name__}"
         raise DomainMixError(f"the images are {found}", "give uint8 (N, 3, H, W) with N >= 1, as load_images does")
     device = pick_device(device)
@@ -226,7 +228,7 @@ def evaluate(net: torch.nn.Module,        # has `embed`
             ) -> dict[str, float]:
     "mAP, rank1, rank5, rank10, mINP, mAP_trapezoid, and how many queries counted and were skipped."
     q, g = (extract(net, i, batch, device, flip, precision, feature) for i in (query_images, gallery_images))
-    return rank(q, g, query_records.pid, gallery_records.pid, query_records.camera, gallery_records.camera, topk).metrics()
+    return once(lambda: rank(q, g, query_records.pid, gallery_records.pid, query_records.camera, gallery_records.camera, topk).metrics())
 
 # %% ../nbs/50_evaluate.ipynb #abda78fa
 def _halves(n: int, pid: np.ndarray | None, g: torch.Generator) -> tuple[np.ndarray, np.ndarray]:

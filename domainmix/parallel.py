@@ -6,8 +6,9 @@
 __all__ = ['PATIENCE', 'start', 'same_kind', 'everyone', 'once', 'first', 'any_of', 'divided', 'share', 'gathered', 'mean_over',
            'mean_gradients', 'stretch', 'joined', 'AcrossBatchNorm', 'level']
 
-# %% ../nbs/05_parallel.ipynb #41a0da6a
+# %% ../nbs/05_parallel.ipynb #edff7ba7
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from .core import DomainMixError, pick_device, ranks
 
-# %% ../nbs/05_parallel.ipynb #6a6d5051
+# %% ../nbs/05_parallel.ipynb #2919be27
 PATIENCE = timedelta(hours=2)   # how long a process waits for another, which may be clustering
 
 
@@ -37,6 +38,7 @@ def start(
     if ranks()[1] != asked:
         raise DomainMixError(f"{asked} processes were started, and {ranks()[1]} found each other", "start them by torchrun; its --rdzv_endpoint must be the same on all machines")
     same_kind(device)
+    if ranks()[0]: sys.stdout = open(os.devnull, "w")      # the first speaks for all
     return ranks()
 
 
@@ -48,7 +50,7 @@ def same_kind(device: torch.device) -> None:
     if "CPU" in names: raise DomainMixError(f"some processes have a GPU and some have not: {seen}", "give all the same --device")
     if ranks()[0] == 0: warnings.warn(f"GPUs of several kinds work together: {seen}. Every step waits for the slowest")
 
-# %% ../nbs/05_parallel.ipynb #76d30e17
+# %% ../nbs/05_parallel.ipynb #6861cdca
 def everyone(
     value: Any,  # of this process
 ) -> list:       # of all, in order
@@ -70,7 +72,9 @@ def once(
         try: said[0] = call()
         except DomainMixError as e: said[1] = e
     dist.broadcast_object_list(said)
-    if said[1] is not None: raise said[1]
+    if said[1] is not None:
+        said[1].shared = True          # the first process will report it
+        raise said[1]
     return said[0]
 
 
@@ -78,7 +82,7 @@ def first(
     call: Callable[[], Any],  # makes a file, or finds it made
 ) -> Any:
     "`call` in the first process, then in the others."
-    once(lambda: call() and None)
+    if ranks()[1] > 1: once(lambda: call() and None)
     return call()
 
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PAPER', 'TRAININGS', 'CLUSTERING', 'SMALL', 'PRESETS', 'METHODS', 'TABLE', 'TINY', 'WORLD', 'N_PROBE', 'APART',
            'HOUSE', 'COLUMNS', 'SCORES', 'PAIRS', 'DEMO', 'DEMO_SEEDS', 'RunConfig', 'one_of', 'settings_of',
-           'configure', 'Method', 'plain_name', 'specs', 'checked', 'Stage', 'cached', 'locked', 'Part', 'joined',
-           'Inputs', 'decode', 'open_set', 'split_target', 'usable', 'whole', 'read_inputs', 'keep_net', 'load_net',
-           'fresh_net', 'stage0', 'stage1', 'taken_apart', 'refined', 'choose_labels', 'mixture', 'stage2', 'stage3',
-           'as_used', 'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned', 'progress', 'claim',
+           'configure', 'Method', 'plain_name', 'specs', 'checked', 'Stage', 'cached', 'Part', 'joined', 'Inputs',
+           'decode', 'open_set', 'split_target', 'usable', 'whole', 'read_inputs', 'keep_net', 'load_net', 'fresh_net',
+           'stage0', 'stage1', 'taken_apart', 'refined', 'choose_labels', 'mixture', 'stage2', 'stage3', 'as_used',
+           'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned', 'progress', 'changed_images', 'claim',
            'label_statistics', 'scores', 'metrics', 'load_config', 'describe', 'run', 'run_folder', 'result_text',
            'labels_text', 'label', 'find_net', 'open_net', 'home_of', 'run_of', 'evaluate_model', 'embed',
            'write_features', 'quoted', 'row', 'table', 'cell', 'table_text', 'gains_text', 'demo', 'value',
@@ -25,13 +25,15 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/60_pipeline.ipynb #8ef20937
 from . import __version__
-from .core import (DomainMixError, Log, about_weights, fingerprint, from_dict, generator, load_arrays, load_json,
-                            load_weights, pick_device, plain, save_json, save_weights, to_dict, with_overrides, write_atomic)
+from .core import (DomainMixError, Log, Terminated, about_weights, fingerprint, from_dict, generator, load_arrays, load_json,
+                            load_weights, locked, pick_device, plain, ranks, save_json, save_weights, terminable, to_dict, with_overrides,
+                            write_atomic)
+from .parallel import first, once, start
 from .world import WorldConfig
 from .data import DataSet, Records, read_dataset, relabel, write_world
-from .batches import TrainSet, load_images, shifted, train_set, union
+from .batches import Pile, TrainSet, decoded, shifted, train_set, union
 from .backbone import BackboneConfig, ReIDNet, build_backbone, load_backbone
-from .loop import differences
+from .loop import differences, forget_checkpoints
 from .pseudolabel import PseudoLabels, alone, label_quality, load_labels, pseudo_labels, refine, save_labels
 from .spcl import SpCLConfig
 from .trainer import DomainConfig, TrainConfig, train, train_invariant
@@ -221,46 +223,31 @@ class Stage:
 def cached(stage: Stage # the step to do, or to find done
           ) -> bool:
     "Do `stage` unless its folder already holds the outcome of the same settings; True if there was work to do."
-    found, finished = stage.found()
+    found, finished = once(stage.found)
     if found == stage.key and finished: return False
     seal = stage.folder/"stage.json"
     about = {"stage": stage.name, "hash": stage.key, "version": __version__, "settings": to_dict(stage.settings),
              "after": {s.name: s.key for s in stage.after}}
-    if found != stage.key:
+    def begin():
         seal.unlink(missing_ok=True)
         if stage.folder.exists(): shutil.rmtree(stage.folder)
         save_json(seal, {**about, "finished": False})
+    if found != stage.key: once(begin)
     began = time.time()
     try: stage.make(stage.folder)
     except DomainMixError as e:
         raise e if stage.name in e.what else DomainMixError(f"{stage.name}: {e.what}", e.remedy) from e
-    save_json(seal, {**about, "finished": True, "seconds": round(time.time() - began, 1)})
-    (stage.folder/"last.ckpt").unlink(missing_ok=True)  # the loop's own state has served
+    def end():
+        save_json(seal, {**about, "finished": True, "seconds": round(time.time() - began, 1)})
+        forget_checkpoints(stage.folder)                # the loop's own state has served
+    once(end)
     return True
-
-# %% ../nbs/60_pipeline.ipynb #93f050a7
-@contextlib.contextmanager
-def locked(folder: str | Path,  # made if missing
-           wait: bool = False   # wait for another process, instead of being refused
-          ):
-    "Hold `folder` for this process."
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    try: import fcntl
-    except ImportError: yield; return  # no such lock on this system
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise DomainMixError(f"another process is at work in {folder}", "wait for it, or choose another --run") from None
-        except OSError: pass  # some network file systems have no locks
-        yield
-    finally: os.close(handle)
 
 # %% ../nbs/60_pipeline.ipynb #54ae45bb
 @dataclass
 class Part:
     "One split of one data set, decoded."
-    images: torch.Tensor # uint8 (N, 3, H, W)
+    images: torch.Tensor | Pile # uint8 (N, 3, H, W)
     records: Records     # where each came from
     bad: int             # unreadable images that were left out
     key: str             # fingerprint
@@ -274,7 +261,7 @@ def joined(parts: list[Part]) -> Part:
     if len(parts) == 1: return parts[0]
     numbered = lambda column: shifted([torch.from_numpy(getattr(p.records, column)) for p in parts]).numpy()
     records = Records(np.concatenate([p.records.files() for p in parts]), numbered("pid"), numbered("camera"))
-    return Part(torch.cat([p.images for p in parts]), records, sum(p.bad for p in parts), fingerprint([p.key for p in parts]))
+    return Part(Pile.of(*(p.images for p in parts)), records, sum(p.bad for p in parts), fingerprint([p.key for p in parts]))
 
 @dataclass
 class Inputs:
@@ -294,10 +281,8 @@ class Inputs:
 # %% ../nbs/60_pipeline.ipynb #52f1d806
 def decode(records: Records, config: RunConfig) -> Part:
     "The images of `records` at the size of `config`, from the cache where they were decoded before."
-    images, kept = load_images(records, config.height, config.width, cache=Path(config.data)/"cache", skip_bad=config.skip_bad)
-    sizes = [os.path.getsize(f) for f in kept.files()]
-    key = fingerprint(kept.path, sizes, kept.pid, kept.camera, config.height, config.width)
-    return Part(images, kept, len(records) - len(kept), key)
+    images, kept, pixels = first(lambda: decoded(records, config.height, config.width, Path(config.data)/"cache", config.skip_bad))
+    return Part(images, kept, len(records) - len(kept), fingerprint(kept.path, pixels, kept.pid, kept.camera))
 
 # %% ../nbs/60_pipeline.ipynb #510b10bb
 WORLD = {"synthetic": ("randperson", "a"), "real": ("msmt17", "b"), "target": ("market1501", "c")}
@@ -310,7 +295,7 @@ def open_set(role: str,         # synthetic, real or target
     need = ("query", "gallery") if role == "target" else ("train",)
     if spec == "world":
         layout, domain = WORLD[role]
-        spec = f"{layout}:{write_world(Path(config.data)/'world', config.world)[domain]}"
+        spec = f"{layout}:{first(lambda: write_world(Path(config.data)/'world', config.world))[domain]}"
     own = config.target_pattern if role == "target" else None
     pattern = (own or config.pattern) if spec.startswith("folder:") else None
     if role == "target" and spec.startswith("folder:"): return split_target(read_dataset(spec, pattern))
@@ -458,7 +443,7 @@ def mixture(config: RunConfig, inputs: Inputs,
     label = choose_labels(m.labels, table, b.pids())
     if not m.synthetic: return train_set(b.images, b.records, 0, label)
     each = (inputs.source == d for d in np.unique(inputs.source))
-    real = [train_set(b.images[rows], b.records[rows], d, relabel(label[rows])) for d, rows in enumerate(each, 1)]
+    real = [train_set(Pile.of(b.images).rows(rows), b.records[rows], d, relabel(label[rows])) for d, rows in enumerate(each, 1)]
     return union(train_set(a.images, a.records), *real)
 
 def stage2(config: RunConfig, inputs: Inputs,
@@ -503,7 +488,7 @@ def probing(inputs: Inputs, net: ReIDNet, seed: int = 0,
         some = own[torch.randperm(len(own), generator=generator(seed, "probe", chr(ord("a") + i)))[:N_PROBE].sort().values.numpy()]
         features.append(extract(net, p.images[some], **use))
         pids.append(p.records.pid[some])
-    return domain_probe(features, pids, seed)
+    return once(lambda: domain_probe(features, pids, seed))
 
 # %% ../nbs/60_pipeline.ipynb #dc092041
 def plan(config: RunConfig,     # checked
@@ -580,7 +565,7 @@ def progress(stages: list[Stage], # all that is to be done; one folder may come 
             ):
     "One bar over all the stages; gives the function that does a list of them and tells which there was work for."
     seen = set()
-    with tqdm(total=len({s.folder for s in stages}), desc=title, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=len({s.folder for s in stages}), desc=title, unit="step", dynamic_ncols=True, disable=ranks()[0] > 0) as bar:
         def do(stages):
             worked = []
             for s in stages:
@@ -593,6 +578,13 @@ def progress(stages: list[Stage], # all that is to be done; one folder may come 
 # %% ../nbs/60_pipeline.ipynb #a9d5b38f
 APART = ("run", "data", "device", "version", "update", "fresh")  # settings that change no result
 
+def changed_images(line: str, # of `differences` between two config.json
+                   old: dict  # the one that is there
+                  ) -> str:
+    "The line; one that two fingerprints differ says what that means."
+    role = line.split(".")[1] if line.startswith("inputs.") and ".fingerprint:" in line else None
+    return f"{role}: other images, names or labels than the run began with ({old['inputs'][role]['images']:,} images then)" if role else line
+
 def claim(home: Path,             # the run's folder
           about: dict,            # what config.json will hold
           stages: list[Stage],    # the plan
@@ -600,7 +592,8 @@ def claim(home: Path,             # the run's folder
           fresh: bool = False     # throw away what is there
          ) -> None:
     "Make `home` the folder of this run, or refuse: another run's work is never overwritten unasked."
-    there = [p for p in home.iterdir()] if home.is_dir() else []
+    there = [p for p in home.iterdir() if p.name != ".lock"] if home.is_dir() else []
+    for left in home.glob("**/.*.part*"): left.unlink(missing_ok=True)     # what a kill left half written
     if there and not (home/"config.json").is_file():
         raise DomainMixError(f"{home} exists and is not the folder of a run: it has no config.json", "choose another --run")
     if fresh:
@@ -609,7 +602,7 @@ def claim(home: Path,             # the run's folder
     if stale and not update:
         old = load_json(home/"config.json")
         apart = lambda config: {k: v for k, v in config.items() if k not in APART}
-        changed = differences(apart(old), apart(plain(about)))
+        changed = [changed_images(line, old) for line in differences(apart(old), apart(plain(about)))]
         kept = [s.name for s in stages if s.done and "/" not in s.name]
         raise DomainMixError(f"{home} holds a run of another configuration:\n     " + "\n     ".join(changed or ["(the code of its stages)"])
             + f"\n  its {', '.join(s for s in stale if '/' not in s) or 'scores'} would be done again"
@@ -665,11 +658,12 @@ def run(config: RunConfig,     # the run
         fresh: bool = False    # start from nothing
        ) -> dict:
     "Do a run, or the rest of it; gives what metrics.json holds."
+    start(config.device)
     config, home = checked(config), run_folder(config)
     inputs = read_inputs(config)
     with locked(home):
         stages, checks = planned(config, inputs, home)
-        claim(home, describe(config, inputs), stages + checks, update, fresh)
+        once(lambda: claim(home, describe(config, inputs), stages + checks, update, fresh))
         with progress(stages + checks, config.run) as do: do(stages + checks)
         result = metrics(config, inputs, stages, checks)
         save_json(home/"metrics.json", result)
@@ -707,11 +701,12 @@ def label(config: RunConfig,     # `target` and the later stages are not used
     "Pseudo labels for the real images; gives their statistics and the table's path."
     if METHODS[one_of(config.method, METHODS, "method")].labels != "refined":
         raise DomainMixError(f"method {config.method!r} refines no pseudo labels", "leave --method out")
+    start(config.device)
     config, home = checked(config), run_folder(config)
     inputs = read_inputs(config, ("synthetic", "real"))
     with locked(home):
         stages = [s for s in plan(config, inputs, home) if s.name in ("stage0", "stage1", "stage1/refined")]
-        claim(home, describe(config, inputs), stages, update, fresh)
+        once(lambda: claim(home, describe(config, inputs), stages, update, fresh))
         with progress(stages, config.run) as do: do(stages)
     folder = home/"stage1/refined"
     sizes = np.bincount((raw := load_labels(folder/"labels.npz").before)[raw >= 0])
@@ -819,13 +814,14 @@ def table(base: RunConfig,               # its method and seed are replaced
           keep_going: bool = False       # a row that fails says so under `error`, and the others are done
          ) -> list[dict]:
     "Do every method with every seed; gives the rows that table.json holds."
+    start(base.device)
     home, rows = run_folder(base), []
     cells = [checked(with_overrides(base, {"method": m, "seed": s, "stage3.loss": DomainConfig().loss})) for s in seeds for m in methods]
     inputs = read_inputs(cells[-1])
     with locked(home):
         plans = [(c, *planned(c, inputs, home/f"seed{c.seed}", shared=True)) for c in cells]
         everything = [s for _, stages, checks in plans for s in stages + checks]
-        claim(home, describe(base, inputs, methods=list(methods), seeds=list(seeds)), everything, update, fresh)
+        once(lambda: claim(home, describe(base, inputs, methods=list(methods), seeds=list(seeds)), everything, update, fresh))
         with progress(everything, base.run) as do:
             for config, stages, checks in plans:
                 try:
@@ -899,20 +895,23 @@ def value(text: str) -> Any:
 
 def report_errors(call: Callable[[], Any] # what the user asked for
                  ) -> int:
-    "Do it, and give the exit code: 0, 2 for what the user can put right, 130 for Ctrl-C."
-    say = lambda text: print(text, file=sys.stderr, flush=True)
+    "Do it, and give the exit code: 0, 2 for what the user can put right, 130 for Ctrl-C, 143 for SIGTERM."
+    def say(text: str, own: bool = True):          # what all processes have to say, the first says
+        rank, of = ranks()
+        if own or not rank: print(f"process {rank} of {of}: {text}" if of > 1 else text, file=sys.stderr, flush=True)
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+        with warnings.catch_warnings(), terminable():
+            warnings.showwarning = lambda message, *_: say(f"warning: {message}", own=False)
             call()
-    except DomainMixError as e: say(f"error: {e}"); return 2
+    except DomainMixError as e: say(f"error: {e}", not getattr(e, "shared", False)); return 2
     except BrokenPipeError:  # whoever read the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 141
     except OSError as e:
-        if e.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC): raise
-        say(f"error: {e.strerror}: {e.filename or 'while writing'}\n  -> make room or change its rights, or choose another --data"); return 2
-    except torch.cuda.OutOfMemoryError as e: say(f"error: the GPU's memory is full ({e})\n  -> smaller batches (p), or --device cpu"); return 2
-    except KeyboardInterrupt: say("\ninterrupted; nothing that was finished is lost: the same command goes on from here"); return 130
+        if e.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT): raise
+        say(f"error: {e.strerror}: {e.filename or 'while writing'}\n  -> make room or change its rights, or choose another --data; the same command goes on"); return 2
+    except torch.cuda.OutOfMemoryError as e: say(f"error: the GPU's memory is full ({e})\n  -> smaller batches (stage2.p, stage3.p, spcl.p), a smaller --height and --width, more processes, or --device cpu; what was finished is kept"); return 2
+    except Terminated: say("\nasked to end, and the state is saved: the same command goes on from here", own=False); return 143
+    except KeyboardInterrupt: say("\ninterrupted; nothing that was finished is lost: the same command goes on from here", own=False); return 130
     return 0
 
 # %% ../nbs/60_pipeline.ipynb #08f968c5

@@ -13,9 +13,9 @@ import numpy as np, torch
 
 # %% ../nbs/71_results.ipynb #7b5281b0
 from .batches import normalise
-from .core import DomainMixError, fingerprint, generator, load_json, load_jsonl, with_overrides, write_atomic
+from .core import DomainMixError, fingerprint, generator, load_json, load_jsonl, locked, with_overrides, write_atomic
 from .evaluate import extract, rank, ranked_list
-from .pipeline import Inputs, Part, as_used, configure, load_config, load_net, locked, read_inputs, run, run_folder
+from .pipeline import Inputs, Part, as_used, configure, load_config, load_net, read_inputs, run, run_folder
 from .pseudolabel import PseudoLabels, load_labels
 from .viz import cluster_gallery, cluster_sizes, embeddings, loss_curves, noisy_clusters, probe_curve, ranking_gallery, report
 
