@@ -1,0 +1,123 @@
+"""One run on several processes: the result of a single one, whatever happens on the way."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from domainmix.core import load_json, load_jsonl, load_weights, save_json
+from domainmix.pipeline import TINY, TRAININGS
+
+pytest.importorskip("accelerate")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    "Start a run on `n` processes; gives the process and the run's folder."
+    root = tmp_path_factory.mktemp("processes")
+    def start(run, n, **more):
+        settings = {**TINY, **{f"{s}.{k}": v for s in TRAININGS for k, v in (("epochs", 4), ("iterations", 4))}, "spcl.samples_per_bn": 4, "stage2.ema": 0.9, "start": "stage0",
+                    "real": "world", "target": "world", "run": run, "data": str(root), "device": "cpu", **more}
+        save_json(root/f"{run}.json", settings)
+        python = [*TORCHRUN, str(n)] if n > 1 else [sys.executable]
+        job = subprocess.Popen([*python, "-m", "domainmix.pipeline", "--config", str(root/f"{run}.json")], env=ENV, cwd=root,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        return job, root/"runs"/run
+    return start
+
+
+def ended(job, limit=300):
+    "What a job said, and its exit code."
+    try: said, _ = job.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        raise AssertionError("it hangs:\n" + job.communicate()[0][-3000:]) from None
+    return job.returncode, said
+
+
+def when(job, home, stage, epochs):
+    "Wait until a stage has done so many epochs."
+    deadline = time.time() + 200
+    while job.poll() is None and time.time() < deadline:
+        log = home/"log.jsonl"
+        if log.is_file() and sum(r["run"] == stage for r in load_jsonl(log)) >= epochs: return
+        time.sleep(.01)
+    raise AssertionError(f"{stage} never came so far: {ended(job)}")
+
+
+def workers(job):
+    "The processes that torchrun started."
+    return [int(p) for p in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+
+
+def weights(home, stage):
+    "All that gradients change, as one vector."
+    w = load_weights(home/stage/"model.safetensors")
+    return torch.cat([w[k].ravel() for k in sorted(w) if k.rpartition(".")[2] in ("weight", "bias")])
+
+
+def agree(one, other):
+    "Two runs have the same labels, the same scores, and weights that differ by less than a hundredth of what training changed."
+    a, b = (load_json(home/"metrics.json") for home in (one, other))
+    assert a["labels"] == b["labels"]
+    first = weights(one, "stage0")
+    assert (first - weights(other, "stage0")).norm() < 1e-5 * first.norm()
+    for stage in a["stages"]:
+        for k, v in a["stages"][stage].items(): assert v == pytest.approx(b["stages"][stage][k], abs=.01), (stage, k)
+        if stage == "stage0": continue
+        x, y = weights(one, stage), weights(other, stage)         # Adam makes much of the last digit of a small gradient
+        assert (x - y).norm() <= .01 * (x - first).norm(), stage
+
+
+@pytest.fixture(scope="module")
+def alone(start):
+    "The run on a single process."
+    job, home = start("alone", 1)
+    code, said = ended(job)
+    assert code == 0, said
+    return home
+
+
+def test_two_processes_find_what_one_finds(start, alone):
+    job, home = start("two", 2)
+    code, said = ended(job)
+    assert code == 0, said
+    assert said.count("per cent") == 1                            # the first process speaks for both
+    agree(alone, home)
+    lines = load_jsonl(home/"log.jsonl")
+    assert len(lines) == len({(r["run"], r["epoch"]) for r in lines})          # and writes for both
+    one = load_jsonl(alone/"log.jsonl")
+    assert [r["loss"] for r in lines if r["run"] == "stage2"] == pytest.approx([r["loss"] for r in one if r["run"] == "stage2"], rel=5e-3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
+def test_stopped_and_struck_and_resumed_with_another_number(start, alone):
+    job, home = start("struck", 2)
+    when(job, home, "stage1", 1)
+    os.killpg(job.pid, signal.SIGTERM)                            # as a cluster does to all processes of a job
+    code, said = ended(job)
+    assert code != 0 and not (home/"metrics.json").exists(), said
+    done = sum(r["run"] == "stage1" for r in load_jsonl(home/"log.jsonl"))
+    job, _ = start("struck", 2)
+    when(job, home, "stage2", 1)
+    os.kill(workers(job)[-1], signal.SIGKILL)                     # one machine of two is gone
+    code, said = ended(job)
+    assert code != 0 and (home/"stage2").is_dir() and not (home/"metrics.json").exists(), said
+    job, _ = start("struck", 1)
+    code, said = ended(job)
+    assert code == 0, said
+    agree(alone, home)
+    epochs = [(r["run"], r["epoch"]) for r in load_jsonl(home/"log.jsonl")]
+    assert done and epochs.count(("stage1", 1)) == 1
+
+
+def test_a_batch_that_does_not_divide(start):
+    job, _ = start("odd", 2, **{"pretrain.p": 3})
+    code, said = ended(job)
+    assert code != 0 and "batch of 3 identities does not divide over 2 processes" in said and "such as 2" in said and "Traceback (most recent call last):\n  File \"<frozen runpy>" not in said
