@@ -626,6 +626,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                 'domainmix.runs.at_text': ('runs.html#at_text', 'domainmix/runs.py'),
                                 'domainmix.runs.compare': ('runs.html#compare', 'domainmix/runs.py'),
                                 'domainmix.runs.compare_text': ('runs.html#compare_text', 'domainmix/runs.py'),
+                                'domainmix.runs.epochs_in': ('runs.html#epochs_in', 'domainmix/runs.py'),
                                 'domainmix.runs.epochs_of': ('runs.html#epochs_of', 'domainmix/runs.py'),
                                 'domainmix.runs.files_of': ('runs.html#files_of', 'domainmix/runs.py'),
                                 'domainmix.runs.fill': ('runs.html#fill', 'domainmix/runs.py'),
