@@ -44,13 +44,16 @@ setup(
         "timm": words("timm_requirements"),
         # To export a network, and to run what was exported.
         "onnx": words("onnx_requirements"),
+        # To look at the curves of runs in TensorBoard.
+        "tensorboard": words("tensorboard_requirements"),
         # To test the companion notebooks in a real browser.
         "browser": words("browser_requirements"),
         # Another way to find nearest neighbours. Take one of the two: they own the same folder.
         "cpu": words("cpu_requirements"),
         "gpu": words("gpu_requirements"),
         "notebooks": words("notebooks_requirements"),
-        "dev": words("dev_requirements") + words("notebooks_requirements") + words("fast_requirements") + words("onnx_requirements"),
+        "dev": words("dev_requirements") + words("notebooks_requirements") + words("fast_requirements") + words("onnx_requirements")
+        + words("tensorboard_requirements"),
     },
     entry_points={"console_scripts": words("console_scripts")},
     zip_safe=False,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'WORDS', 'widgets', 'View', 'labelled', 'Clustering', 'said_html', 'NoisyClusters', 'thumbnail',
-           'jupyter_scatter', 'scatter', 'DomainMap', 'form', 'fork', 'Process', 'settled', 'compared_html', 'Watched',
+           'jupyter_scatter', 'scatter', 'DomainMap', 'form', 'fork', 'Process', 'compared_html', 'Watched',
            'RerunStage', 'with_loss', 'Retrieval']
 
 # %% ../nbs/72_widgets.ipynb #f6deca7c
@@ -15,14 +15,15 @@ from typing import Any, Callable
 import numpy as np, torch
 
 # %% ../nbs/72_widgets.ipynb #2b2c8c06
-from .core import DomainMixError, load_json, plain, save_json, to_dict
+from .core import DomainMixError, load_json, plain, save_json
 from .evaluate import RankedList, rank, ranked_list
 from .knn import camera_centre, knn
 from .loop import differences
 from .neighbours import jaccard_graph
-from .pipeline import APART, COLUMNS, METHODS, cell, load_config, plain_name
+from .pipeline import METHODS, load_config, plain_name
 from .pseudolabel import ClusterConfig, assign, cluster_graph, label_quality, refine
 from .results import Results
+from .runs import NAMES, SHOWN, compare, per_cent, settled
 from .viz import cluster_gallery, cluster_sizes, colours, contact_sheet, embeddings, loss_curves, picture, project, ranking_gallery
 
 # %% ../nbs/72_widgets.ipynb #0de7c0b3
@@ -290,20 +291,15 @@ class Process:
     def said(self) -> str: return (self.home/"process.txt").read_text(errors="replace").strip() if (self.home/"process.txt").is_file() else ""
 
 # %% ../nbs/72_widgets.ipynb #dd484959
-def settled(config: Any, *but: str) -> dict:
-    "The settings that decide a run's outcome; some may be left out."
-    return {k: v for k, v in to_dict(config).items() if k not in (*APART, *but)}
-
 def compared_html(one: Results, other: Results) -> str:
     "Two runs side by side: settings that differ, scores and their differences."
-    lines = differences(settled(one.config), settled(other.config))
-    last, rows = [r.measured().get(r.last()[-1], {}) for r in (one, other)], []
-    for k in ("mAP", "rank1", "domain_probe"):
-        a, b = (scores.get(k) for scores in last)
-        rows.append(f"<tr><td>{COLUMNS[k]}, %</td><td>{cell(last[:1], k)}</td><td>{cell(last[1:], k)}</td><td>{'' if a is None or b is None else format(100*(b - a), '+.1f')}</td></tr>")
-    heads = "".join(f"<th>{html.escape(t)}</th>" for t in ("", one.home.name, other.home.name, "difference"))
-    settings = "<br>".join(html.escape(line.replace(" there", f" in {one.home.name}").replace(" here", f" in {other.home.name}")) for line in lines) or "no setting differs"
-    return f'<table style="border-spacing:1em .1em"><tr>{heads}</tr>{"".join(rows)}</table><p>{settings}</p>'
+    found = compare(one.home, other.home)
+    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+    rows = [row((s["of"], f"{NAMES[s['score']]}, %", per_cent(s["one"]), per_cent(s["other"]), per_cent(s["difference"], "+")), "td")
+            for s in found["scores"] if s["score"] in SHOWN]
+    lines = [*found["settings"], *found["inputs"], *found["version"]] or ["no setting differs"]
+    return (f'<table style="border-spacing:1em .1em">{row(("", "", *found["names"], "difference"), "th")}{"".join(rows)}</table>'
+            f"<p>{'<br>'.join(map(html.escape, lines))}</p>")
 
 # %% ../nbs/72_widgets.ipynb #7c1ef54d
 class Watched(View):
