@@ -46,6 +46,8 @@ setup(
         "onnx": words("onnx_requirements"),
         # To look at the curves of runs in TensorBoard.
         "tensorboard": words("tensorboard_requirements"),
+        # One run on several GPUs or machines.
+        "scale": words("scale_requirements"),
         # To test the companion notebooks in a real browser.
         "browser": words("browser_requirements"),
         # Another way to find nearest neighbours. Take one of the two: they own the same folder.
@@ -53,7 +55,7 @@ setup(
         "gpu": words("gpu_requirements"),
         "notebooks": words("notebooks_requirements"),
         "dev": words("dev_requirements") + words("notebooks_requirements") + words("fast_requirements") + words("onnx_requirements")
-        + words("tensorboard_requirements"),
+        + words("tensorboard_requirements") + words("scale_requirements"),
     },
     entry_points={"console_scripts": words("console_scripts")},
     zip_safe=False,

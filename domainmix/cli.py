@@ -28,7 +28,7 @@ from .export import embed_onnx, export
 from .presets import preset as preset_of, presets_text, there
 from .tables import load_table, run_table, summary_html, summary_text
 from .results import Results, run_report
-from .runs import compare, compare_text, holder, list_runs, runs_text, summary_writer, tensorboard
+from .runs import Live, compare, compare_text, list_runs, runs_text, tensorboard
 from .pipeline import (DEMO, DEMO_SEEDS, METHODS, TABLE, RunConfig, configure, embed, evaluate_model, gains_text, label, labels_text,
                                 load_config, open_set, report_errors, result_text, run, run_folder, specs, table, table_text)
 
@@ -161,12 +161,9 @@ def settings(args: Run) -> RunConfig:
 
 @contextlib.contextmanager
 def curves(args: Run):
-    "With --tensorboard, what was trained inside is written for it, also where it was interrupted."
-    if args.tensorboard: summary_writer()          # a missing package shows before the hours of work
-    try: yield
-    finally:
-        home = run_folder(settings(args))
-        if args.tensorboard and holder(home) is None: tensorboard(home)
+    "With --tensorboard, what is trained inside is written for it as the epochs end."
+    if not args.tensorboard: yield; return
+    with Live(run_folder(settings(args))): yield
 
 def do_run(args: Run) -> None:
     config = settings(args)

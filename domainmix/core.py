@@ -279,6 +279,8 @@ def load_jsonl(path: str | Path # a file of JSON lines
 # %% ../nbs/00_core.ipynb #feba83da
 class Log:
     "Where the stages report once an epoch: a file of JSON lines if there is a path, and memory always."
+    listeners: list[Callable] = []   # of all logs; each is told the file and the line
+
     def __init__(self,
                  path: str | Path | None = None, # the file to append to; None: keep lines in memory only
                  **common: Any                   # fields that every line gets, such as the seed
@@ -290,6 +292,7 @@ class Log:
         line = plain({**self.common, **fields})
         if self.path is not None: append_jsonl(self.path, **line)
         self.lines.append(line)
+        for tell in self.listeners: tell(self.path, line)
         return line
 
     append_jsonl = __call__

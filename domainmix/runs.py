@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 # %% ../nbs/64_runs.ipynb #8ed56eb1
-from .core import DomainMixError, load_json, load_jsonl, reading, to_dict
+from .core import DomainMixError, Log, load_json, load_jsonl, ranks, reading, to_dict
 from .loop import differences
 from .pipeline import APART, COLUMNS, METHODS, SCORES, load_config, one_of
 
@@ -350,7 +350,8 @@ class Live:
     def __call__(self, path: str | Path, # the log's file
                  line: dict              # what it was told
                 ) -> None:
-        "Write the numbers of one epoch."
+        "Write the numbers of one epoch; of several processes the first does."
+        if ranks()[0]: return
         stage = Path(path).parent/line["run"]
         if stage not in self.open: self.open[stage] = self.begin(stage, line["epoch"])
         add_lines(self.open[stage], [line])
@@ -364,6 +365,10 @@ class Live:
         add_lines(out, (r for r in epochs_in(log) if r["epoch"] < epoch))
         return out
 
-    def __enter__(self): return self
+    def __enter__(self):
+        Log.listeners.append(self)
+        return self
+
     def __exit__(self, *_):
+        Log.listeners.remove(self)
         for out in self.open.values(): out.close()

@@ -115,9 +115,3 @@ def test_stopped_and_struck_and_resumed_with_another_number(start, alone):
     agree(alone, home)
     epochs = [(r["run"], r["epoch"]) for r in load_jsonl(home/"log.jsonl")]
     assert done and epochs.count(("stage1", 1)) == 1
-
-
-def test_a_batch_that_does_not_divide(start):
-    job, _ = start("odd", 2, **{"pretrain.p": 3})
-    code, said = ended(job)
-    assert code != 0 and "batch of 3 identities does not divide over 2 processes" in said and "such as 2" in said and "Traceback (most recent call last):\n  File \"<frozen runpy>" not in said
