@@ -550,7 +550,7 @@ def _timm_weights(name: str) -> dict[str, Tensor]:
 # %% ../nbs/20_backbone.ipynb #e2e0f742
 def _read(path: str | Path) -> dict[str, Tensor]:
     "The tensors of a .safetensors or .pth file, without wrappers around them."
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise DomainMixError(f"no weights file {path}", "correct `weights`: none, imagenet, or the path of a .safetensors or .pth file")
     if str(path).endswith(".safetensors"):
         return load_weights(path)

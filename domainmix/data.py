@@ -410,9 +410,9 @@ def open_set(name: str,        # a layout
              root: str | Path  # what the user pointed at
             ) -> Path:
     "The folder in which the set's parts lie."
-    root = Path(os.path.abspath(Path(root).expanduser()))
-    if not root.is_dir():
-        raise DomainMixError(f"{shown(root)} is {'a file: unpack it and give the folder' if root.is_file() else 'not there'}; "
+    root = Path(os.path.abspath(os.path.expanduser(root)))
+    if not os.path.isdir(root):     # unlike Path.is_dir, it takes any text
+        raise DomainMixError(f"{shown(root)} is {'a file: unpack it and give the folder' if os.path.isfile(root) else 'not there'}; "
                              f"expected {LAYOUTS[name].expects}", LAYOUTS[name].get)
     home = find_home(name, root)
     if home is None:

@@ -6,6 +6,7 @@
 __all__ = ['TABLES', 'HEADS', 'TableSpec', 'load_table', 'groups', 'run_table', 'summary', 'summary_text', 'summary_html']
 
 # %% ../nbs/62_tables.ipynb #3d2c8c69
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -41,7 +42,7 @@ def load_table(name: str | Path # a name of `TABLES`, or a JSON file: {"name": .
               ) -> TableSpec:
     "The table that is meant."
     if str(name) in TABLES: return TABLES[str(name)]
-    if not Path(name).is_file():
+    if not os.path.isfile(name):
         if Path(name).suffix: raise DomainMixError(f"no table file {name}", "give a JSON file with name, presets, seeds and settings")
         one_of(str(name), TABLES, "table")
     values = load_json(name)
