@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'PICTURES', 'NAMES', 'SCENES', 'FIRST', 'LAYOUTS', 'BOXES', 'CUHK_KINDS', 'LISTS', 'COUNTS', 'MSMT',
-           'READERS', 'Records', 'known', 'relabel', 'DataSet', 'summary', 'shown', 'look_into', 'walk_pictures',
-           'find_pictures', 'match_names', 'randperson_camera', 'randperson_scene', 'Layout', 'count_problems',
-           'camera_problems', 'check_counts', 'find_home', 'looks_like', 'sniff', 'not_this', 'write_pictures',
-           'known_splits', 'read_counts', 'write_market1501', 'write_cuhk03np', 'needed', 'read_names', 'open_set',
-           'read_boxes', 'read_market1501', 'read_cuhk03np_detected', 'read_cuhk03np_labeled', 'write_randperson',
-           'read_randperson', 'write_msmt17', 'read_list', 'leads_out', 'outside', 'msmt_folder', 'check_listed',
-           'read_msmt_split', 'read_msmt17', 'merge', 'read_folder', 'number', 'compile_pattern', 'read_pattern',
-           'unknown_set', 'read_dataset', 'write_domain', 'write_world']
+           'PATIENCE', 'READERS', 'Records', 'known', 'relabel', 'DataSet', 'summary', 'shown', 'look_into',
+           'is_folder', 'walk_pictures', 'find_pictures', 'match_names', 'randperson_camera', 'randperson_scene',
+           'Layout', 'count_problems', 'camera_problems', 'check_counts', 'find_home', 'looks_like', 'sniff',
+           'not_this', 'write_pictures', 'known_splits', 'read_counts', 'write_market1501', 'write_cuhk03np', 'needed',
+           'read_names', 'open_set', 'read_boxes', 'read_market1501', 'read_cuhk03np_detected', 'read_cuhk03np_labeled',
+           'write_randperson', 'read_randperson', 'write_msmt17', 'read_list', 'leads_out', 'outside', 'msmt_folder',
+           'check_listed', 'read_msmt_split', 'read_msmt17', 'merge', 'read_folder', 'number', 'compile_pattern',
+           'at_most', 'read_pattern', 'unknown_set', 'read_dataset', 'write_domain', 'write_world']
 
 # %% ../nbs/11_data.ipynb #bebf8aba
-import difflib, functools, inspect, itertools, os, re, shutil, warnings
+import contextlib, difflib, functools, inspect, itertools, os, re, shutil, signal, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +119,12 @@ def look_into(folder: str | Path # a folder
     try: return list(os.scandir(folder))
     except OSError as e: raise DomainMixError(f"cannot look into {shown(folder)}: {e.strerror}", "check its permissions") from e
 
+def is_folder(entry: os.DirEntry # of `look_into`
+             ) -> bool:
+    "Is it a folder, or a link to one? A link in a circle is none."
+    try: return entry.is_dir()
+    except OSError: return False
+
 def walk_pictures(folder: str | Path, # where to search, sub-folders too
                   skip: Callable[[str, set], bool] | None = None, # folders to pass by: their name, the names beside
                   folders: int | None = None # look into no more folders than this
@@ -134,8 +140,8 @@ def walk_pictures(folder: str | Path, # where to search, sub-folders too
         beside = {e.name for e in entries}
         for e in entries:
             inner = f"{here}/{e.name}" if here else e.name
-            if e.is_dir(): todo += [] if skip and skip(e.name, beside) else [inner]
-            elif e.name.lower().endswith(PICTURES) and (e.is_file() or e.is_symlink()): yield inner
+            if is_folder(e): todo += [] if skip and skip(e.name, beside) else [inner]
+            elif e.name.lower().endswith(PICTURES) and (e.is_symlink() or e.is_file()): yield inner
 
 def find_pictures(folder: str | Path, # where to search, sub-folders too
                   **kw                # what `walk_pictures` takes
@@ -236,6 +242,7 @@ def check_counts(dataset: DataSet,           # what was read
                 ) -> DataSet:
     "Warn where the counts differ, or where one camera took everything; `dataset` comes back as it is."
     layout = LAYOUTS[dataset.name]
+    if not dataset.splits: raise not_this(dataset.name, Path(dataset.root), "it holds no picture")
     expected = (written["counts"], written["cameras"]) if written else (layout.counts or {}, layout.cameras)
     if problems := count_problems(dataset, *expected):
         warnings.warn(f"{shown(dataset.root)} is not all of {layout.title}: {'; '.join(problems)}. "
@@ -255,7 +262,7 @@ def find_home(name: str,   # a layout
              ) -> Path | None:
     "The folder in which the parts of layout `name` lie, or None."
     if name in ("randperson", "folder"): return folder
-    near = [folder, *(folder/n for n in sorted(e.name for e in look_into(folder) if e.is_dir()))]
+    near = [folder, *(folder/n for n in sorted(e.name for e in look_into(folder) if is_folder(e)))]
     crops = sum(CUHK_KINDS.values(), ())
     if name in CUHK_KINDS:
         near = [q for p in near for q in (p, *(p/k for k in CUHK_KINDS[name])) if q.name in CUHK_KINDS[name]]
@@ -353,7 +360,11 @@ def _counts(rows):
 def read_counts(home: Path # a data set's folder
                ) -> dict | None:
     "The counts that a writer left, or None."
-    return load_json(home/COUNTS) if (home/COUNTS).is_file() else None
+    if not (home/COUNTS).is_file(): return None
+    written = load_json(home/COUNTS)
+    try: return dict(counts={s: [(int(n), int(ids)) for n, ids in written["counts"].get(s, [])] for s in SPLITS}, cameras=int(written["cameras"]))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise DomainMixError(f"{shown(home/COUNTS)} is not what a writer of this kit left", "delete it: then the published counts are what is expected") from e
 
 # %% ../nbs/11_data.ipynb #d642685e
 def write_market1501(root: str | Path, images: torch.Tensor, pid, camera,
@@ -399,9 +410,9 @@ def open_set(name: str,        # a layout
              root: str | Path  # what the user pointed at
             ) -> Path:
     "The folder in which the set's parts lie."
-    root = Path(os.path.abspath(Path(root).expanduser()))
-    if not root.is_dir():
-        raise DomainMixError(f"{shown(root)} is {'a file: unpack it and give the folder' if root.is_file() else 'not there'}; "
+    root = Path(os.path.abspath(os.path.expanduser(root)))
+    if not os.path.isdir(root):     # unlike Path.is_dir, it takes any text
+        raise DomainMixError(f"{shown(root)} is {'a file: unpack it and give the folder' if os.path.isfile(root) else 'not there'}; "
                              f"expected {LAYOUTS[name].expects}", LAYOUTS[name].get)
     home = find_home(name, root)
     if home is None:
@@ -514,7 +525,7 @@ def msmt_folder(home: Path, # the data set's folder
                 first: str  # a picture that should be in it
                ) -> str:
     "What the folder of pictures is called here: V1's name or V2's, whichever has the picture."
-    names = sorted(e.name for e in look_into(home) if e.is_dir() and e.name.lower() in [v[part] for v in MSMT.values()])
+    names = sorted(e.name for e in look_into(home) if is_folder(e) and e.name.lower() in [v[part] for v in MSMT.values()])
     if not names: raise not_this("msmt17", home, f"it has no folder {MSMT['v1'][part]} or {MSMT['v2'][part]}")
     return max(names, key=lambda n: os.path.lexists(home/n/first))
 
@@ -604,7 +615,7 @@ def compile_pattern(pattern: str # a regular expression
                    ) -> re.Pattern:
     "The expression, if it is one and has group pid, or camera, or both."
     try: read = re.compile(pattern)
-    except re.error as e:
+    except (re.error, OverflowError, RecursionError) as e:
         raise DomainMixError(f"the pattern {pattern!r} is no regular expression: {e}", "see Python's re") from e
     groups = set(read.groupindex)
     if not groups or groups - {"pid", "camera"}:
@@ -612,10 +623,31 @@ def compile_pattern(pattern: str # a regular expression
                              "name what it reads: (?P<pid>...), (?P<camera>...), or both, and nothing else")
     return read
 
+# %% ../nbs/11_data.ipynb #5afe11d0
+PATIENCE = 60 # seconds that a pattern may take for the paths of a folder; a sound one reads a million
+
+@contextlib.contextmanager
+def at_most(seconds: float, # how long what is inside may take
+            what: str, remedy: str # the error's words if it takes longer
+           ):
+    "Break off what takes longer, where there is an alarm clock that nobody uses: in the main thread, not on Windows."
+    def ring(*_): raise DomainMixError(what, remedy)
+    here = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not here or signal.getitimer(signal.ITIMER_REAL)[0]: yield; return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try: yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+# %% ../nbs/11_data.ipynb #5afe11d1
 def read_pattern(home: Path, paths: list[str], pattern: str) -> dict[str, Records]:
     "The splits of a folder whose paths `pattern` reads."
     read = compile_pattern(pattern)
-    hits = [(p, m) for p in paths if (m := read.search(p))]
+    with at_most(PATIENCE, f"the pattern {pattern!r} has not read the {len(paths):,} paths in {shown(home)} within {PATIENCE:g} s",
+                 "write it without a repetition inside a repetition, such as (a+)+: trying all ways to share out the letters takes forever"):
+        hits = [(p, m) for p in paths if (m := read.search(p))]
     if not hits: raise DomainMixError(f"the pattern {pattern!r} matches none of the {len(paths):,} pictures in {shown(home)}",
                                       f"it is searched in the path below that folder; the first is {shown(paths[0])}")
     if len(hits) < len(paths): warnings.warn(f"left out {len(paths) - len(hits):,} of {len(paths):,} pictures in {shown(home)} "

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FORMATS', 'BATCHES', 'LEFT_OUT', 'TERMS', 'RESEARCH', 'ROLES', 'USE', 'LIMITS', 'SplitNorm', 'portable', 'Features',
            'needed', 'captured', 'write_onnx', 'write_torch', 'open_torch', 'OnnxModel', 'open_onnx', 'Format',
-           'probe_images', 'differences', 'check_parity', 'without_paths', 'kept_settings', 'card_sets', 'learned_from',
-           'card_data', 'card_licence', 'row_of', 'card_metrics', 'card_settings', 'card_input', 'versions', 'card',
-           'new_folder', 'attempt', 'export', 'embed_onnx']
+           'probe_images', 'differences', 'check_parity', 'without_paths', 'kept_settings', 'card_sets', 'facts',
+           'part_of', 'learned_from', 'card_data', 'card_licence', 'row_of', 'card_metrics', 'card_settings',
+           'card_input', 'versions', 'card', 'new_folder', 'attempt', 'export', 'embed_onnx']
 
 # %% ../nbs/65_export.ipynb #2c03d4f3
 import contextlib, hashlib, importlib, importlib.metadata, logging, os, platform, re, shutil, warnings
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 # %% ../nbs/65_export.ipynb #90a545b0
 from . import __version__
 from .core import DomainMixError, about_weights, generator, load_json, save_json, to_dict
-from .data import LAYOUTS, read_dataset
+from .data import LAYOUTS, leads_out, read_dataset
 from .batches import MEAN, STD, normalise
 from .backbone import IBN, ReIDNet, from_domain_bn, n_parameters
 from .evaluate import extract
@@ -97,7 +97,7 @@ def write_torch(program: torch.export.ExportedProgram, # of `captured`
 
 def open_torch(path: Path # of `write_torch`
               ) -> Callable[[np.ndarray], np.ndarray]:
-    "The function in `path`: uint8 (B, 3, H, W) -> float32 (B, D)."
+    "The function in `path`, which must be one's own: uint8 (B, 3, H, W) -> float32 (B, D)."
     run = torch.export.load(path).module()
     return lambda images: run(torch.from_numpy(images)).detach().numpy()
 
@@ -228,6 +228,18 @@ def card_sets(config: RunConfig, # of the run
     title = lambda k: "the embedded world" if k == "world" else LAYOUTS[k].title
     return [{"layout": k, "name": title(k), "terms": TERMS.get(k, _REAL)} for k in layouts if k == "world" or k in LAYOUTS]
 
+# %% ../nbs/65_export.ipynb #5afe6501
+def facts(path: Path # a JSON file of a run
+         ) -> dict:
+    "The JSON object in `path`; anything else is refused."
+    found = load_json(path)
+    if isinstance(found, dict): return found
+    raise DomainMixError(f"{path} holds no JSON object", "delete it and do the run again: it will be rebuilt")
+
+def part_of(found: dict, name: str) -> dict:
+    "The JSON object that `found` has under `name`; empty where it is none."
+    return part if isinstance(part := found.get(name), dict) else {}
+
 # %% ../nbs/65_export.ipynb #49540263
 def learned_from(folder: Path # of a stage
                 ) -> set[str]: # synthetic, real
@@ -235,9 +247,11 @@ def learned_from(folder: Path # of a stage
     todo, seals = [folder.name], {}
     while todo:
         name = todo.pop()
-        seals[name] = load_json(folder.parent/name/"stage.json")
-        todo += [n for n in seals[name].get("after", ()) if n not in seals]
-    real = {name for name, seal in seals.items() if "b" in seal.get("settings", ())}
+        seals[name] = facts(folder.parent/name/"stage.json")
+        if out := [n for n in part_of(seals[name], "after") if leads_out(n)]:
+            raise DomainMixError(f"{folder.parent/name}/stage.json names {out[0]!r} as what it came from, which lies outside the run", "this is no folder that a run has left: do the run again")
+        todo += [n for n in part_of(seals[name], "after") if n not in seals]
+    real = {name for name, seal in seals.items() if "b" in part_of(seal, "settings")}
     only_real = any(name.startswith("stage0") for name in real)  # it was B that the first stage learned from
     return ({"real"} if real else set()) | (set() if only_real else {"synthetic"})
 
@@ -250,7 +264,7 @@ def card_data(config: RunConfig, # of the run
              ) -> dict:
     "What the network was trained and tested on."
     sets = {letter: {"role": words, "learned_from": role in learned, "sets": card_sets(config, role)} for letter, (role, words) in ROLES.items()}
-    read = {k: part for k, part in about.get("inputs", {}).items() if isinstance(part, dict)}
+    read = {k: part for k, part in part_of(about, "inputs").items() if isinstance(part, dict)}
     return {**sets, "counts": {k: {n: part.get(n) for n in ("images", "identities", "cameras")} for k, part in read.items()}}
 
 def card_licence(config: RunConfig,       # of the run
@@ -271,7 +285,8 @@ def row_of(path: Path, # the network's file
           ) -> dict | None:
     "The row of a table of runs that the network in `path` made."
     rows = load_json(home/"table.json") if (home/"table.json").is_file() else []
-    return next((r for r in rows if r.get("model") and home/r["model"] == path.parent), None)
+    rows = [r for r in rows if isinstance(r, dict) and isinstance(r.get("model"), str)] if isinstance(rows, list) else []
+    return next((r for r in rows if home/r["model"] == path.parent), None)
 
 def card_metrics(path: Path,       # the network's file
                  home: Path,       # its run, or its table of runs
@@ -280,8 +295,8 @@ def card_metrics(path: Path,       # the network's file
     "What was measured on this network, as fractions; None where nothing was."
     found = row_of(path, home)
     if (home/"metrics.json").is_file():
-        result = load_json(home/"metrics.json")
-        found = result.get("stages", {}).get(path.parent.name)
+        result = facts(home/"metrics.json")
+        found = part_of(part_of(result, "stages"), path.parent.name)
         if find_net(home).samefile(path): found = {k: v for k, v in result.items() if k != "stages"}
     if not found: return None
     scores = {k: v for k, v in found.items() if k not in ("method", "seed", "model")}
@@ -294,7 +309,7 @@ def card_settings(path: Path,        # the network's file
                  ) -> dict:
     "The settings of the run; of one of a table, with its own method and seed."
     settings = kept_settings(config)
-    if table: settings |= {"method": (row_of(path, home) or {}).get("method"), "seed": load_json(path.parent/"stage.json").get("settings", {}).get("seed")}
+    if table: settings |= {"method": (row_of(path, home) or {}).get("method"), "seed": part_of(facts(path.parent/"stage.json"), "settings").get("seed")}
     return settings
 
 # %% ../nbs/65_export.ipynb #7d696ad2

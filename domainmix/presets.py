@@ -6,6 +6,7 @@
 __all__ = ['SETS', 'TASKS', 'BACKBONES', 'TABLE1', 'LABELLED_BY', 'FIGURES', 'parts', 'preset', 'there', 'presets_text']
 
 # %% ../nbs/61_presets.ipynb #e5c6a454
+import os
 from pathlib import Path
 from .core import DomainMixError
 from .pipeline import METHODS, PRESETS, RunConfig, one_of, specs
@@ -74,7 +75,7 @@ def there(name: str,               # of a preset
     for role, short in zip(("synthetic", "real", "target"), task.split("-")):
         for spec in specs(settings, role):
             folder = Path(spec.partition(":")[2])
-            if spec != "world" and not folder.is_dir(): lost.append(f"{SETS[short][0]} ({role}) at {folder}")
+            if spec != "world" and not os.path.isdir(folder): lost.append(f"{SETS[short][0]} ({role}) at {folder}")
     if lost:
         raise DomainMixError(f"preset {name} needs " + "; ".join(lost) + ": no such folder",
                              "data/README.md says where each set is from and how to unpack it; if it lies elsewhere, name it with --synthetic, --real, --target")

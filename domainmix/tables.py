@@ -6,12 +6,13 @@
 __all__ = ['TABLES', 'HEADS', 'TableSpec', 'load_table', 'groups', 'run_table', 'summary', 'summary_text', 'summary_html']
 
 # %% ../nbs/62_tables.ipynb #3d2c8c69
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 from tqdm.auto import tqdm
 from .core import DomainMixError, from_dict, load_json, save_json
-from .pipeline import DEMO, METHODS, cell, configure, one_of, table
+from .pipeline import DEMO, METHODS, cell, configure, one_of, plain_name, table
 from .presets import BACKBONES, FIGURES, LABELLED_BY, TABLE1, TASKS, parts, preset, there
 
 # %% ../nbs/62_tables.ipynb #d5620b88
@@ -19,8 +20,8 @@ from .presets import BACKBONES, FIGURES, LABELLED_BY, TABLE1, TASKS, parts, pres
 class TableSpec:
     "What a table file holds."
     name: str                            # of the table; its runs are called NAME-TASK-BACKBONE
-    presets: list = field(default_factory=list)   # one a row, in the order of the table
-    seeds: list = field(default_factory=lambda: [0, 1, 2])
+    presets: list[str] = field(default_factory=list) # one a row, in the order of the table
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     settings: dict = field(default_factory=dict)  # changed in every cell, nested or dotted
 
 def _paper(task: str, short: str, methods: tuple = ("domainmix-db",)) -> list[str]:
@@ -41,10 +42,14 @@ def load_table(name: str | Path # a name of `TABLES`, or a JSON file: {"name": .
               ) -> TableSpec:
     "The table that is meant."
     if str(name) in TABLES: return TABLES[str(name)]
-    if not Path(name).is_file():
+    if not os.path.isfile(name):
         if Path(name).suffix: raise DomainMixError(f"no table file {name}", "give a JSON file with name, presets, seeds and settings")
         one_of(str(name), TABLES, "table")
-    spec = from_dict(TableSpec, {"name": Path(name).stem, **load_json(name)})
+    values = load_json(name)
+    if not isinstance(values, dict): raise DomainMixError(f"{name} holds no table", 'write it as {"presets": [...], "seeds": [...]}')
+    try: spec = from_dict(TableSpec, {"name": Path(name).stem, **values})
+    except DomainMixError as e: raise DomainMixError(f"{name}: {e.what}", e.remedy) from e
+    plain_name(spec.name)      # rows and pages are written under it
     if not spec.presets or not spec.seeds: raise DomainMixError(f"{name} has {len(spec.presets)} presets and {len(spec.seeds)} seeds", "give at least one of each")
     return spec
 

@@ -118,7 +118,7 @@ WORDS = dict(clusters="clusters", outliers="images without a cluster", kept_clus
 def said_html(said: dict) -> str:
     "Numbers as a small table."
     show = lambda v: f"{100*v:.1f} %" if isinstance(v, float) else f"{v:,}"
-    return '<table style="border-spacing:.8em .1em">' + "".join(f"<tr><td>{WORDS.get(k, k)}</td><td style='text-align:right'><b>{show(v)}</b></td></tr>" for k, v in said.items()) + "</table>"
+    return '<table style="border-spacing:.8em .1em">' + "".join(f"<tr><td>{html.escape(WORDS.get(k, k))}</td><td style='text-align:right'><b>{show(v)}</b></td></tr>" for k, v in said.items()) + "</table>"
 
 class NoisyClusters(View):
     "Clusters of real images, to browse; sliders for how they are made and which are believed."
@@ -211,7 +211,7 @@ class DomainMap(View):
             s = self.maps[title] = scatter(points, span, urls, self.groups, self.shades, shape)
             s.widget.observe(lambda change, s=s: self.answer(self.pick, s), "selection")
         self.titles = {t: t + (f": probe {100*probe[t]:.1f} %" if probe and probe.get(t) is not None else "") for t in features}
-        linked = jscatter.compose([(s, self.titles[t]) for t, s in self.maps.items()], sync_selection=True, sync_hover=True, row_height=shape)
+        linked = jscatter.compose([(s, html.escape(self.titles[t])) for t, s in self.maps.items()], sync_selection=True, sync_hover=True, row_height=shape)
         self.by, self.legend = w.Dropdown(options=list(self.groups)), w.HTML()
         self.by.observe(lambda change: self.answer(self.colour), "value")
         self.box = w.VBox([*([labelled(self.by, "coloured by")] if len(self.groups) > 1 else []), self.legend, linked, self.note, self.image])
@@ -254,7 +254,7 @@ def fork(results: Results, # a run that is done or half done
         ) -> Path:
     "A copy of a run under another name, from which it can go on otherwise."
     if results.more.get("methods"): raise DomainMixError(f"{results.home.name} is a table of runs", "open one run: a copy of a table would redo all its rows")
-    home = results.home.with_name(name)
+    home = results.home.with_name(plain_name(name))
     if home.exists(): raise DomainMixError(f"{home} exists", "choose another name")
     leave = shutil.ignore_patterns("views", "*.tmp", "metrics.json", "report.html", "process.txt")
     return Path(shutil.copytree(results.home, home, ignore=leave))
