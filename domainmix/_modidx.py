@@ -172,6 +172,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                           'domainmix.bench_training.usual_chain': ( 'bench_training.html#usual_chain',
                                                                                     'domainmix/bench_training.py'),
                                           'domainmix.bench_training.wait': ('bench_training.html#wait', 'domainmix/bench_training.py'),
+                                          'domainmix.bench_training.warmed_up': ( 'bench_training.html#warmed_up',
+                                                                                  'domainmix/bench_training.py'),
                                           'domainmix.bench_training.watched': ( 'bench_training.html#watched',
                                                                                 'domainmix/bench_training.py')},
             'domainmix.cli': { 'domainmix.cli.Bench': ('cli.html#bench', 'domainmix/cli.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'WAYS', 'resident', 'wait', 'measured', 'in_turn', 'times_faster', 'usual_chain', 'usual_batch',
            'drawn_files', 'bench_input', 'input_text', 'Timeline', 'marked', 'watched', 'Way', 'AsItComes', 'stepper',
-           'bench_step', 'step_row', 'step_text']
+           'bench_step', 'warmed_up', 'step_row', 'step_text']
 
 # %% ../nbs/74_bench_training.ipynb #74000002
 import contextlib, ctypes, os, tempfile, threading, time
@@ -65,15 +65,13 @@ def measured(call: Callable[[], Any] # what to measure
 
 # %% ../nbs/74_bench_training.ipynb #74000009
 def in_turn(calls: dict[str, Callable[[], Any]], # what to time, by name; the first is what the others are compared with
-            rounds: int = 5,          # how often
-            patience: float = np.inf  # what takes so many times as long as the first is timed once
+            rounds: int = 5 # how often
            ) -> dict[str, list[float]]: # seconds of each, a round an entry
     "Time every call once a round."
     seconds = {name: [] for name in calls}
     if rounds < 1: raise DomainMixError(f"{rounds} rounds", "give 1 or more")
     for _ in range(rounds):
         for name, call in calls.items():
-            if seconds[name] and seconds[name][0] > patience * seconds[next(iter(calls))][0]: continue
             wait()
             start = time.perf_counter()
             call(); wait()
@@ -83,7 +81,7 @@ def in_turn(calls: dict[str, Callable[[], Any]], # what to time, by name; the fi
 def times_faster(seconds: dict[str, list[float]] # of `in_turn`
                 ) -> dict[str, float]:
     "How many times as fast as the first each of the others is: the median of its rounds."
-    first, *others = seconds
+    first, *others = seconds or [None]
     return {name: float(np.median([a / b for a, b in zip(seconds[first], seconds[name])])) for name in others}
 
 # %% ../nbs/74_bench_training.ipynb #74000012
@@ -271,21 +269,30 @@ def bench_step(batch: int = 8, backbone: str = "resnet50", height: int = 256, wi
     data = TrainSet(noise, torch.arange(n) // 4, torch.arange(n) % 4, torch.zeros(n))
     config, steps, marks, first, left_out = TrainConfig(p=batch // 4), {}, {}, {}, {}
     for name in ways:
-        mark = Timeline(on)
-        def warm_up():
-            step = stepper(WAYS[name], net, data, config, max(classes, batch), on, mark)
-            return step, float(step())
-        try: (steps[name], loss), cost = measured(warm_up)
-        except Exception as e: left_out[name] = f"{type(e).__name__}: {e}".splitlines()[0][:200]; tell(f"{name}: {left_out[name]}"); continue
-        mark.marks.clear()
-        marks[name], first[name] = mark, cost | dict(loss=loss)
-        tell(f"{name}: the first step, with everything before it, {cost['seconds']:.1f} s")
+        marks[name] = Timeline(on)
+        try: (steps[name], first[name]), cost = measured(lambda: warmed_up(stepper(WAYS[name], net, data, config, max(classes, batch), on, marks[name])))
+        except Exception as e:
+            left_out[name] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
+            continue
+        first[name] |= {k: v for k, v in cost.items() if k != "seconds"}
+        tell(f"{name}: the first step took {first[name]['seconds']:.1f} s")
     row = dict(backbone=backbone, batch=batch, height=height, width=width, bf16_is_fast=bf16_is_fast(on), left_out=left_out)
-    row |= step_row(in_turn(steps, rounds, patience), marks, first, batch)
+    slow = [name for name in steps if not WAYS[name].compiled and first[name]["seconds"] > patience * next(iter(first.values()))["seconds"]]
+    for name in steps.keys() - slow: marks[name].marks.clear()
+    seconds = in_turn({name: step for name, step in steps.items() if name not in slow}, rounds)
+    row |= step_row(seconds | {name: [first[name]["seconds"]] for name in slow}, marks, first, batch)
     tell(step_text(row))
     return row
 
 # %% ../nbs/74_bench_training.ipynb #74000035
+def warmed_up(step: Callable[[], Tensor] # of `stepper`
+             ) -> tuple[Callable[[], Tensor], dict]:
+    "The same after its first step, with the seconds and the loss of that."
+    start = time.perf_counter()
+    loss = float(step())
+    wait()
+    return step, dict(seconds=time.perf_counter() - start, loss=loss)
+
 def step_row(seconds, marks, first, batch) -> dict:
     "What was measured of each way."
     ways = {}
