@@ -308,5 +308,5 @@ def step_text(row: dict # of `bench_step`
     for name, w in row["ways"].items():
         memory = w["first_step"].get("gpu_megabytes") or w["first_step"]["megabytes"] or 0
         faster = f"{row['times_faster'][name]:.2f}x" if name in row["times_faster"] else ""
-        lines.append(f"  {name:<14}{w['images_per_s']:9,.1f} images/s {faster:>6}  {memory:7,.0f} MB  " + ", ".join(f"{p} {s:.1%}" for p, s in w["shares"].items()))
+        lines.append(f"  {name:<14}{w['images_per_s']:10,.2f} images/s {faster:>6}  {memory:7,.0f} MB  " + ", ".join(f"{p} {s:.1%}" for p, s in w["shares"].items()))
     return "\n".join(lines + [f"  {name:<14}left out: {why}" for name, why in row["left_out"].items()])
