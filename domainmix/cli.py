@@ -6,7 +6,7 @@
 __all__ = ['REPORT_RUNS', 'COMMANDS', 'USAGE', 'Run', 'Table', 'Label', 'Evaluate', 'Embed', 'Export', 'Report', 'Presets',
            'Tables', 'Runs', 'Compare', 'Bench', 'World', 'settings', 'curves', 'do_run', 'at_least_one', 'do_table',
            'do_label', 'sizes_text', 'architecture', 'in_common', 'do_evaluate', 'by_onnx', 'do_embed', 'do_report',
-           'do_presets', 'do_tables', 'do_bench', 'do_runs', 'do_compare', 'do_export', 'do_world', 'report_rows',
+           'do_presets', 'do_tables', 'do_runs', 'do_compare', 'do_bench', 'do_export', 'do_world', 'report_rows',
            'drawn_pictures', 'write_report', 'early', 'defaults', 'gathered', 'parse', 'main']
 
 # %% ../nbs/80_cli.ipynb #08de9e06
@@ -24,6 +24,7 @@ from .world import WorldConfig
 from .data import write_world
 from .batches import load_images
 from .bench import SUITES, bench, bench_text
+from .bench_training import WAYS
 from .export import embed_onnx, export
 from .presets import preset as preset_of, presets_text, there
 from .tables import load_table, run_table, summary_html, summary_text
@@ -134,8 +135,8 @@ class Compare:
 # %% ../nbs/80_cli.ipynb #c3a76067
 @dataclass
 class Bench:
-    "Time our stage 1 and evaluation beside the plain dense way, on this machine."
-    what: tuple[str, ...] = tuple(SUITES) # which: stage1, ranking, growth, shortlist
+    "Time our stage 1, evaluation, input and training step beside the usual way, on this machine."
+    what: tuple[str, ...] = tuple(SUITES) # which: stage1, ranking, growth, shortlist, input, step
     n: int = 12936                  # images of stage1 and shortlist
     dim: int = 2048                 # length of a feature
     methods: tuple[str, ...] = ("auto",) # of finding neighbours: auto, fp32, bf16, faiss, pca
@@ -144,8 +145,16 @@ class Bench:
     sizes: tuple[int, ...] = (2000, 4000, 8000, 16000, 32621, 65000, 132145) # of growth
     growth_dim: int = 256
     dense: bool = True              # the dense way too: minutes, and some N x N matrices of memory
+    images: int = 320               # of input, drawn and written as JPEG files
+    height: int = 256               # of the images of input and step, pixels
+    width: int = 128
+    input_batch: int = 64           # images of a batch of input
+    batch: int = 8                  # images of a training step; on a GPU 64 and more
+    backbone: str = "resnet50"      # of step, as in `domainmix run`
+    ways: tuple[str, ...] = tuple(WAYS) # to take a step: usual, channels_last, bf16, compiled
+    rounds: int = 5                 # how often each way takes its step; input is timed three times as often
     threads: int = 1                # of every library
-    device: str = "cpu"             # where our products run: cpu, cuda
+    device: str = "cpu"             # where our products and training steps run: cpu, cuda
     out: str = "data/bench.json"    # the results
 
 @dataclass
@@ -239,12 +248,6 @@ def do_tables(args: Tables) -> None:
     failed = sum("error" in r for r in rows)
     if failed: raise DomainMixError(f"{failed} cells of {len(rows)} failed, see above", "put it right and give the same command again: what is done is kept")
 
-def do_bench(args: Bench) -> None:
-    results = bench(args.what, args.threads, args.device, args.out, stage1=dict(n=args.n, dim=args.dim, methods=args.methods, dense=args.dense),
-                    ranking=dict(queries=args.queries, gallery=args.gallery, dim=args.dim), growth=dict(sizes=args.sizes, dim=args.growth_dim),
-                    shortlist=dict(n=args.n, dim=args.dim))
-    print(f"\n{bench_text(results)}\n\n{args.out}")
-
 # %% ../nbs/80_cli.ipynb #7cdeeb8f
 def do_runs(args: Runs) -> None:
     rows = list_runs(args.data)
@@ -255,6 +258,14 @@ def do_runs(args: Runs) -> None:
 def do_compare(args: Compare) -> None: print(compare_text(compare(args.a, args.b, args.data)))
 
 # %% ../nbs/80_cli.ipynb #6f8a7139
+def do_bench(args: Bench) -> None:
+    results = bench(args.what, args.threads, args.device, args.out, stage1=dict(n=args.n, dim=args.dim, methods=args.methods, dense=args.dense),
+                    ranking=dict(queries=args.queries, gallery=args.gallery, dim=args.dim), growth=dict(sizes=args.sizes, dim=args.growth_dim),
+                    shortlist=dict(n=args.n, dim=args.dim),
+                    input=dict(images=args.images, batch=args.input_batch, height=args.height, width=args.width, rounds=3 * args.rounds),
+                    step=dict(batch=args.batch, backbone=args.backbone, height=args.height, width=args.width, ways=args.ways, rounds=args.rounds))
+    print(f"\n{bench_text(results)}\n\n{args.out}")
+
 def do_export(args: Export) -> None:
     about = export(args.model, args.out, architecture(args), args.data, args.formats, args.tolerance, args.feature, args.flip)
     for f in about["files"].values():
