@@ -233,9 +233,10 @@ def noisiest(label, pid,         # (N,) pseudo labels, -1 for outliers; (N,) tru
     "The pseudo labels that mix people most: the smallest share of the commonest identity."
     label, pid = np.asarray(label), np.asarray(pid)
     names, size = np.unique(label[label >= 0], return_counts=True)
-    (cluster, _), count = np.unique(np.stack([label, pid])[:, label >= 0], axis=1, return_counts=True)
+    wide = pid.max() + 2                                            # identities may be -1
+    pair, count = np.unique((label.astype(np.int64) * wide + pid + 1)[label >= 0], return_counts=True)
     most = np.zeros(len(names), int)
-    np.maximum.at(most, np.searchsorted(names, cluster), count)
+    np.maximum.at(most, np.searchsorted(names, pair // wide), count)
     order = np.lexsort((names, most / size))
     return names[order[size[order] >= at_least]][:n].tolist()
 
@@ -295,12 +296,12 @@ def cluster_sizes(label,                             # (N,) pseudo labels before
         ax.annotate(name, (bound, 1), (3, -2), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8, color=INK, va="top",
                     bbox=dict(facecolor=PAPER, edgecolor="none", pad=.8))
     ax.margins(y=.14)
-    ax.plot([], [], " ", label=f"outliers: {(label < 0).sum():,} images")
+    ax.plot([], [], " ", label=f"outliers: {(label < 0).sum():,}")
     ax.set_xscale("log"); ax.set_xlim(.8, top * 1.4); ax.set_ylim(bottom=0)
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if t < top]
     ax.set_xticks(ticks, [str(t) for t in ticks]); ax.minorticks_off()
     finish(ax, title, "images in the cluster", "pseudo labels")
-    _legend(ax, loc="upper center", bbox_to_anchor=(.5, -.2), ncols=3)
+    _legend(ax, loc="upper center", bbox_to_anchor=(.46, -.2), ncols=3, columnspacing=1.2, handlelength=1.5, handletextpad=.5)
     return figure
 
 # %% ../nbs/70_viz.ipynb #050c758d

@@ -137,9 +137,10 @@ class Clustering:
         size = np.bincount(before[before >= 0])
         if by == "doubt": return np.lexsort((-size, -doubt))
         if by == "size" or self.pid is None: return np.argsort(-size, kind="stable")
-        (cluster, _), count = np.unique(np.stack([before, self.pid])[:, before >= 0], axis=1, return_counts=True)
+        wide = self.pid.max() + 2                                   # identities may be -1
+        pair, count = np.unique((before*wide + self.pid + 1)[before >= 0], return_counts=True)
         most = np.zeros(len(size))
-        np.maximum.at(most, cluster, count)
+        np.maximum.at(most, pair//wide, count)
         return np.lexsort((-size, most / size))
 
 # %% ../nbs/72_widgets.ipynb #aef04fc0
@@ -155,13 +156,15 @@ def said_html(said: dict) -> str:
     show = lambda v: f"{100*v:.1f} %" if isinstance(v, float) else f"{v:,}"
     return '<table style="border-spacing:.8em .1em">' + "".join(f"<tr><td>{WORDS.get(k, k)}</td><td style='text-align:right'><b>{show(v)}</b></td></tr>" for k, v in said.items()) + "</table>"
 
+# %% ../nbs/72_widgets.ipynb #e0e2c55d
 class NoisyClusters(View):
     "Clusters of real images, to browse; sliders for how they are made and which are believed."
     def __init__(self, features, images, # (N, D); uint8 (N, 3, H, W)
                  pid=None, camera=None,  # as for `Clustering`
-                 eps: float = 0.6, k1: int | None = None, lower: int = 5, upper: int = 120, rows: int = 4):
+                 eps: float = 0.6, k1: int | None = None, lower: int = 5, upper: int = 120, rows: int = 4,
+                 config: ClusterConfig = ClusterConfig()): # the settings that have no slider
         super().__init__()
-        w, self.images, self.rows = widgets(), images, rows
+        w, self.images, self.rows, self.config = widgets(), images, rows, config
         self.made = Clustering(features, pid, camera)
         most = self.made.ranks.shape[1]
         k1 = min(k1 or ClusterConfig().resolved(len(images)).k1, most)
@@ -179,12 +182,10 @@ class NoisyClusters(View):
         self.box = w.VBox([w.HBox([w.VBox([labelled(c, t) for c, t in names] + [self.where, self.numbers]), self.sizes]), self.note, self.image])
         self.answer(self.cluster)
 
-    def settings(self, **more) -> ClusterConfig:
-        "What the sliders say."
-        return ClusterConfig(eps=self.eps.value, k1=self.k1.value, **more)
+    def settings(self, **more) -> ClusterConfig: return dataclasses.replace(self.config, eps=self.eps.value, k1=self.k1.value, **more)
 
     def cluster(self) -> None:
-        self.found = self.made(self.eps.value, self.k1.value, self.lower.value, self.upper.value)
+        self.found = self.made(self.eps.value, self.k1.value, self.lower.value, self.upper.value, self.settings(reliability=False))
         self.numbers.value = said_html(self.found["said"])
         self.sizes.format, self.sizes.value = picture(cluster_sizes(self.found["before"], self.lower.value, self.upper.value))
         pages = max(1, -(-self.found["said"]["clusters"] // self.rows))
@@ -196,11 +197,10 @@ class NoisyClusters(View):
         if self.found is None: raise DomainMixError("there are no clusters to show", "move a slider")
         order, first = self.made.order(self.found["before"], self.found["doubt"], self.by.value), (self.page.value - 1) * self.rows
         shown = order[first:first + self.rows].tolist()
-        self.where.value = f"clusters {first + 1:,} to {first + len(shown):,} of {len(order):,}; the others are on {-(-len(order) // self.rows):,} pages" if len(order) > len(shown) else ""
+        self.where.value = f"clusters {first + 1:,} to {first + len(shown):,} of {len(order):,}, on {-(-len(order) // self.rows):,} pages" if len(order) > len(shown) else ""
         return cluster_gallery(self.images, self.found["before"], self.made.pid, shown, title="Images that share a cluster")
 
     def browse(self) -> None: self.show(self.gallery())
-
     def still(self): return self.gallery()
 
 # %% ../nbs/72_widgets.ipynb #63a59ede
