@@ -751,8 +751,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                    'domainmix.widgets.NoisyClusters.browse': ('widgets.html#noisyclusters.browse', 'domainmix/widgets.py'),
                                    'domainmix.widgets.NoisyClusters.cluster': ( 'widgets.html#noisyclusters.cluster',
                                                                                 'domainmix/widgets.py'),
-                                   'domainmix.widgets.NoisyClusters.gallery': ( 'widgets.html#noisyclusters.gallery',
-                                                                                'domainmix/widgets.py'),
                                    'domainmix.widgets.NoisyClusters.settings': ( 'widgets.html#noisyclusters.settings',
                                                                                  'domainmix/widgets.py'),
                                    'domainmix.widgets.NoisyClusters.still': ('widgets.html#noisyclusters.still', 'domainmix/widgets.py'),

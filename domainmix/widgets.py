@@ -156,7 +156,7 @@ def said_html(said: dict) -> str:
     show = lambda v: f"{100*v:.1f} %" if isinstance(v, float) else f"{v:,}"
     return '<table style="border-spacing:.8em .1em">' + "".join(f"<tr><td>{WORDS.get(k, k)}</td><td style='text-align:right'><b>{show(v)}</b></td></tr>" for k, v in said.items()) + "</table>"
 
-# %% ../nbs/72_widgets.ipynb #e0e2c55d
+# %% ../nbs/72_widgets.ipynb #150e767c
 class NoisyClusters(View):
     "Clusters of real images, to browse; sliders for how they are made and which are believed."
     def __init__(self, features, images, # (N, D); uint8 (N, 3, H, W)
@@ -189,19 +189,17 @@ class NoisyClusters(View):
         self.numbers.value = said_html(self.found["said"])
         self.sizes.format, self.sizes.value = picture(cluster_sizes(self.found["before"], self.lower.value, self.upper.value))
         pages = max(1, -(-self.found["said"]["clusters"] // self.rows))
-        beyond = self.page.value > pages
-        self.page.max = pages               # takes the page back where it is beyond, which draws
+        beyond, self.page.max = self.page.value > pages, pages      # a page beyond is taken back, which draws
         if not beyond: self.browse()
 
-    def gallery(self):
+    def still(self):
         if self.found is None: raise DomainMixError("there are no clusters to show", "move a slider")
         order, first = self.made.order(self.found["before"], self.found["doubt"], self.by.value), (self.page.value - 1) * self.rows
         shown = order[first:first + self.rows].tolist()
         self.where.value = f"clusters {first + 1:,} to {first + len(shown):,} of {len(order):,}, on {-(-len(order) // self.rows):,} pages" if len(order) > len(shown) else ""
         return cluster_gallery(self.images, self.found["before"], self.made.pid, shown, title="Images that share a cluster")
 
-    def browse(self) -> None: self.show(self.gallery())
-    def still(self): return self.gallery()
+    def browse(self) -> None: self.show(self.still())
 
 # %% ../nbs/72_widgets.ipynb #63a59ede
 def thumbnail(image: torch.Tensor) -> str: # uint8 (3, H, W)
