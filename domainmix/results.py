@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'VIEWS', 'EXAMPLE', 'find_run', 'StageFolder', 'read_facts', 'stage_folders', 'read_features', 'Results',
-           'attention', 'domain_sample', 'sample_features', 'probes', 'run_report', 'example']
+           'checkpoint_net', 'third_again', 'attention', 'domain_sample', 'sample_features', 'probes', 'run_report',
+           'example']
 
 # %% ../nbs/71_results.ipynb #76debf81
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 import os
@@ -14,9 +16,10 @@ import numpy as np, torch
 
 # %% ../nbs/71_results.ipynb #7b5281b0
 from .batches import normalise
-from .core import DomainMixError, fingerprint, generator, load_json, load_jsonl, locked, reading, with_overrides, write_atomic
+from .core import DomainMixError, fingerprint, generator, load_json, load_jsonl, load_state, locked, reading, save_json, with_overrides, write_atomic
 from .evaluate import extract, rank, ranked_list
-from .pipeline import Inputs, Part, as_used, configure, load_config, load_net, read_inputs, run, run_folder
+from .pipeline import (METHODS, N_PROBE, Inputs, Part, RunConfig, Stage, as_used, checked, configure, load_config, load_net, plan, probing,
+                                read_inputs, run, run_folder, specs, stage3)
 from .pseudolabel import PseudoLabels, load_labels
 from .viz import cluster_gallery, cluster_sizes, embeddings, is_number, loss_curves, noisy_clusters, probe_curve, ranking_gallery, report
 
@@ -119,7 +122,9 @@ ROLES = {"synthetic": "synthetic", "real": "real", "query": "target", "gallery":
 
 def _role(self: Results, role: str) -> Inputs:
     if not getattr(self.config, role): raise DomainMixError(f"{self.home.name} has no {role} set", "look at another part, or run with one")
-    try: inputs = read_inputs(self.config, (role,))
+    folder = any(s.startswith("folder:") for s in specs(self.config, role))
+    config = self.config if folder else with_overrides(self.config, {"pattern": None})      # a pattern is for folders, and one role may be none
+    try: inputs = read_inputs(config, (role,))
     except DomainMixError as e:
         raise DomainMixError(f"the {role} images of {self.home.name} cannot be read as the run read them: {e.what}", e.remedy) from e
     then = self._inputs_then()
@@ -187,6 +192,58 @@ def _measured(self: Results) -> dict[str, dict[str, float]]:
     return {s.name: read(s.folder/"ranking/scores.json") | read(s.folder/"probe/scores.json") for s in self.stages.values() if s.done}
 
 Results.features, Results.labels, Results.clustered, Results.log, Results.measured = _features, _labels, _clustered, _log, _measured
+
+# %% ../nbs/71_results.ipynb #4b12896e
+def checkpoint_net(path: str | Path,     # last.ckpt of a stage that trains
+                   net: torch.nn.Module  # of its architecture; changed in place
+                  ) -> torch.nn.Module:
+    "The network that the stage would give if it ended at its last checkpoint."
+    parts = load_state(path)["parts"]
+    weights, prefix = (parts["average"], "module.net.") if "average" in parts else (parts["model"], "net.")
+    net.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    return net
+
+def third_again(config: RunConfig, inputs: Inputs,
+                second: Path,        # folder of stage 2
+                labels: Path | None  # folder of the labels of B
+               ) -> list[dict]:      # one an epoch, and one before the first: epoch, domain_probe, and what the log says
+    "Run stage 3 and probe each epoch's network; nothing of it is kept."
+    look = lambda net: probing(inputs, net, config.seed, **as_used(config))
+    net = load_net(second)[0]
+    rows = [{"epoch": 0, "domain_probe": look(net)}]
+    with tempfile.TemporaryDirectory() as folder:
+        report = lambda **line: rows.append({**line, "domain_probe": look(checkpoint_net(Path(folder)/"last.ckpt", net))})
+        stage3(config, inputs, second, labels, Path(folder), report)
+    return rows
+
+# %% ../nbs/71_results.ipynb #6bca7f3d
+def _third(self: Results, method: str) -> tuple[RunConfig, Inputs, Stage]:
+    "Stage 3 as the run's settings plan it, and what it is made from; an error where what is there is another."
+    a, b, m = self._role("synthetic"), self._role("real"), METHODS[method]
+    if not m.loss: raise DomainMixError(f"a run of {method} has no stage 3", "look at one of domainmix-db, domainmix-kl or control")
+    config = checked(with_overrides(self.config, {"method": method, "seed": self.seed, "stage3.loss": m.loss}))
+    inputs = Inputs(a.synthetic, b.real, source=b.source)
+    planned = plan(config, inputs, self.store, shared="methods" in self.more)[-1]
+    if self.stage(planned.name).key != planned.key:
+        raise DomainMixError(f"{planned.name} of {self.home.name} is not what its config.json describes", "run it on with --update, and look again")
+    return config, inputs, planned
+
+def _probe_epochs(self: Results,
+                  again: bool = True,        # run stage 3 again where that was not done before
+                  method: str | None = None  # of a table of runs; None: the run's
+                 ) -> list[dict]:            # as `third_again` gives them
+    "How well a linear probe tells the domains apart after each epoch of stage 3; made once."
+    config, inputs, stage = self._third(method or self.config.method)
+    file = self.store/"views"/f"{stage.name}-epochs-{fingerprint(stage.key, config.feature, config.flip, N_PROBE)[:12]}.json"
+    if file.is_file(): return load_json(file)
+    if not again: raise DomainMixError(f"{stage.name} of {self.home.name} has not been probed epoch by epoch", "Results.probe_epochs runs it again, once; that takes as long as it took")
+    second = stage.after[0]
+    rows = third_again(config, inputs, second.folder, second.after[-1].folder if METHODS[config.method].labels in ("initial", "refined") else None)
+    try: save_json(file, rows)
+    except OSError: pass                        # a folder that is read-only is still looked at
+    return rows
+
+Results._third, Results.probe_epochs = _third, _probe_epochs
 
 # %% ../nbs/71_results.ipynb #235dadc0
 def attention(net: torch.nn.Module,  # with a `body`

@@ -8,8 +8,8 @@ __all__ = ['INK', 'PAPER', 'GREY', 'RULE', 'OKABE_ITO', 'CYCLE', 'MEANING', 'MAR
            'finish', 'check_images', 'mosaic', 'sheet', 'contact_sheet', 'some_people', 'noisiest', 'cluster_gallery',
            'noisy_clusters', 'cluster_sizes', 'reliability_scatter', 'project', 'embedding', 'embeddings',
            'picture_map', 'spread', 'ranking_gallery', 'attention_sheet', 'read_log', 'loss_names', 'loss_curves',
-           'label_curves', 'probe_curve', 'score', 'summarise', 'percent', 'method_table', 'pipeline_diagram',
-           'result_table', 'report']
+           'label_curves', 'probe_curve', 'domain_curves', 'score', 'summarise', 'percent', 'method_table',
+           'pipeline_diagram', 'result_table', 'report']
 
 # %% ../nbs/70_viz.ipynb #57f4d4fe
 import base64, html, io, json
@@ -149,8 +149,8 @@ def _frame(ax, corner, size, mark):
     "A frame just outside one thumbnail."
     from matplotlib.patches import Rectangle
     style, width, _ = MARKS[mark]
-    ax.add_patch(Rectangle((corner[0] - 2, corner[1] - 2), size[0] + 3, size[1] + 3, fill=False, edgecolor=MEANING[mark],
-                           linestyle=style, linewidth=width, clip_on=False))
+    ax.add_artist(Rectangle((corner[0] - 2, corner[1] - 2), size[0] + 3, size[1] + 3, fill=False, edgecolor=MEANING[mark],
+                            linestyle=style, linewidth=width, clip_on=False))      # the limits stay those of the canvas
 
 def _mark_legend(ax, marks, y):
     "What the frames mean, in one line under the sheet."
@@ -244,12 +244,20 @@ def noisiest(label, pid,         # (N,) pseudo labels, -1 for outliers; (N,) tru
             ) -> list[int]:
     "The pseudo labels that mix people most: the smallest share of the commonest identity."
     label, pid = np.asarray(label), np.asarray(pid)
-    share = {}
-    for c, size in zip(*np.unique(label[label >= 0], return_counts=True)):
-        if size >= at_least: share[int(c)] = np.unique(pid[label == c], return_counts=True)[1].max() / size
-    return sorted(share, key=lambda c: (share[c], c))[:n]
+    names, size = np.unique(label[label >= 0], return_counts=True)
+    wide = pid.max() + 2                                            # identities may be -1
+    pair, count = np.unique((label.astype(np.int64) * wide + pid + 1)[label >= 0], return_counts=True)
+    most = np.zeros(len(names), int)
+    np.maximum.at(most, np.searchsorted(names, pair // wide), count)
+    order = np.lexsort((names, most / size))
+    return names[order[size[order] >= at_least]][:n].tolist()
 
 # %% ../nbs/70_viz.ipynb #e8d53be7
+def _row_title(cluster, size, shown, people):
+    "What a row of the gallery is, and how much of it is not there."
+    left_out = f"\n{size - shown:,} not shown" if shown < size else ""
+    return f"label {cluster}\n{size:,} {'image' if size == 1 else 'images'}" + left_out + (f"\n{people} {'person' if people == 1 else 'people'}" if people else "")
+
 def cluster_gallery(images: Tensor,       # uint8 (N, 3, H, W)
                     label,                # (N,) pseudo labels, -1 for outliers
                     pid=None,             # (N,) true identities, where known
@@ -261,9 +269,10 @@ def cluster_gallery(images: Tensor,       # uint8 (N, 3, H, W)
     names, sizes = np.unique(label[label >= 0], return_counts=True)
     if not len(names): raise DomainMixError("there is no cluster to show: every label is -1", "widen ClusterConfig.eps or lower min_samples")
     if clusters is None: clusters = names[np.argsort(-sizes, kind="stable")][:n].tolist()
+    if not len(clusters): raise DomainMixError(f"none of {len(names):,} clusters is to be shown", "name some, or ask for smaller ones: they have " + (f"{sizes.min()} to {sizes.max()}" if sizes.min() < sizes.max() else f"{sizes.min()}") + " images")
     rows = [_members(label, pid, c, per_row) for c in clusters]
     index = np.concatenate([r[0] for r in rows])
-    titles = [f"label {c}\n{(label == c).sum()} images" + (f"\n{k} {'person' if k == 1 else 'people'}" if k else "") for c, (_, _, k) in zip(clusters, rows)]
+    titles = [_row_title(c, int((label == c).sum()), len(i), k) for c, (i, _, k) in zip(clusters, rows)]
     return sheet(images[index], np.repeat(np.arange(len(rows)), [len(r[0]) for r in rows]), np.concatenate([np.arange(len(r[0])) for r in rows]),
                  None if pid is None else np.where(np.concatenate([r[1] for r in rows]), "right", "wrong"),
                  None if pid is None else [f"id {p}" for p in pid[index]], titles, title, height, ax)
@@ -275,6 +284,14 @@ def noisy_clusters(images: Tensor, label, pid, # as in `cluster_gallery`; true i
                            **{"title": "One pseudo label, several people", **kwargs})
 
 # %% ../nbs/70_viz.ipynb #8c704b0f
+def _bars(ax, values, edges, color, hatch, label):
+    "A histogram as one artist: eighty bars of their own would take a third of a second to lay out."
+    from matplotlib.collections import PolyCollection
+    count = np.histogram(values, edges)[0]
+    bars = [[(a, 0), (a, n), (b, n), (b, 0)] for a, b, n in zip(edges*1.008, edges[1:]/1.008, count) if n]      # a gap that is even on a logarithmic axis
+    ax.add_collection(PolyCollection(bars, facecolor=color, edgecolor=PAPER, linewidth=0, hatch=hatch, label=label))
+    ax.autoscale_view()
+
 def cluster_sizes(label,                             # (N,) pseudo labels before refinement, -1 for outliers
                   lower: int = 5, upper: int = 120,  # b_l and b_h
                   title: str = "Images a pseudo label", ax=None):
@@ -285,19 +302,18 @@ def cluster_sizes(label,                             # (N,) pseudo labels before
     keep, top = (size >= lower) & (size <= upper), max(size.max(initial=1), upper) * 1.3
     edges = np.unique(np.r_[np.arange(.5, min(20, top)), np.geomspace(20.5, max(top, 21), 24).round() + .5 if top > 20 else []])
     for part, colour, word in [(keep, MEANING["B"], "kept"), (~keep, GREY, "dropped")]:
-        ax.hist(size[part], edges, color=colour, edgecolor=PAPER, linewidth=.6, hatch="" if word == "kept" else "/////",
-                label=f"{word}: {part.sum():,} labels, {size[part].sum():,} images")
+        _bars(ax, size[part], edges, color=colour, hatch="" if word == "kept" else "/////", label=f"{word}: {part.sum():,} labels, {size[part].sum():,} images")
     for bound, name in [(lower - .5, f"$b_l$ = {lower}"), (upper + .5, f"$b_h$ = {upper}")]:
         ax.axvline(bound, color=INK, linewidth=1, linestyle=(0, (4, 2)))
         ax.annotate(name, (bound, 1), (3, -2), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8, color=INK, va="top",
                     bbox=dict(facecolor=PAPER, edgecolor="none", pad=.8))
     ax.margins(y=.14)
-    ax.plot([], [], " ", label=f"outliers: {(label < 0).sum():,} images")
-    ax.set_xscale("log"); ax.set_xlim(.8, top * 1.4)
+    ax.plot([], [], " ", label=f"outliers: {(label < 0).sum():,}")
+    ax.set_xscale("log"); ax.set_xlim(.8, top * 1.4); ax.set_ylim(bottom=0)
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if t < top]
     ax.set_xticks(ticks, [str(t) for t in ticks]); ax.minorticks_off()
     finish(ax, title, "images in the cluster", "pseudo labels")
-    _legend(ax, loc="upper center", bbox_to_anchor=(.5, -.2), ncols=3)
+    _legend(ax, loc="upper center", bbox_to_anchor=(.46, -.2), ncols=3, columnspacing=1.2, handlelength=1.5, handletextpad=.5)
     return figure
 
 # %% ../nbs/70_viz.ipynb #050c758d
@@ -541,7 +557,7 @@ def label_curves(log: str | Path | Sequence[dict], # a log.jsonl, or its rows
     return figure
 
 # %% ../nbs/70_viz.ipynb #2a71f336
-def probe_curve(accuracy: dict[str, Sequence[float]], # a name -> fractions, one an epoch or a stage
+def probe_curve(accuracy: dict[str, Sequence[float | None]], # a name -> fractions, one an epoch or a stage; None: not measured there
                 x: Sequence | None = None,            # epochs or the stages' names; None: 0, 1, 2 ...
                 chance: float = .5,                   # 1 / number of domains
                 title: str = "How well a linear probe tells the domains apart", ax=None):
@@ -551,14 +567,29 @@ def probe_curve(accuracy: dict[str, Sequence[float]], # a name -> fractions, one
     words = x is not None and any(isinstance(v, str) for v in x)
     place = np.arange(n) if x is None or words else np.asarray(x)
     for i, ((name, values), colour) in enumerate(zip(accuracy.items(), colours(list(accuracy)))):
-        ax.plot(place[:len(values)], 100 * np.asarray(values, float), color=colour, linewidth=1.8, marker=MARKERS[i % len(MARKERS)], markersize=5, label=literal(name))
+        known = np.isfinite(values := 100 * np.asarray(values, float))
+        ax.plot(place[:len(values)][known], values[known], color=colour, linewidth=1.8, marker=MARKERS[i % len(MARKERS)], markersize=5, label=literal(name))
     ax.axhline(100 * chance, color=INK, linewidth=1, linestyle=(0, (4, 2)))
     ax.annotate("chance", (1, 100 * chance), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8, color=INK, ha="right")
-    ax.set_ylim(100 * chance - 4, 101)
+    lowest = min([chance, *(v for values in accuracy.values() for v in values if v is not None)])
+    ax.set_ylim(100 * lowest - 4, 101)
     ax.xaxis.get_major_locator().set_params(integer=True)
     if words: ax.set_xticks(place, [literal(v) for v in x])
     finish(ax, title, "" if words else "epoch", "accuracy, %")
     if len(accuracy) > 1: _legend(ax, loc="best")
+    return figure
+
+# %% ../nbs/70_viz.ipynb #ff7373a5
+def domain_curves(rows: Sequence[dict], # one an epoch of stage 3, as `results.probe_epochs` gives them: epoch, domain_probe, and where it was its turn d_accuracy
+                  title: str = "Who can tell the domains apart, epoch by epoch", ax=None):
+    "A linear probe and the discriminator over the epochs of stage 3."
+    judges = {"linear probe": "domain_probe", "discriminator": "d_accuracy"}
+    known = {name: [r.get(key) for r in rows] for name, key in judges.items() if any(r.get(key) is not None for r in rows)}
+    if "linear probe" not in known: raise DomainMixError("no epoch has a domain probe", "give the rows of results.probe_epochs")
+    figure = probe_curve(known, [r["epoch"] for r in rows], title=title, ax=ax)
+    ax = figure.axes[0] if ax is None else ax
+    for r in rows:
+        if r["epoch"] and r.get("d_accuracy") is None: ax.axvspan(r["epoch"] - 1, r["epoch"], color=RULE, alpha=.5, linewidth=0, zorder=0)
     return figure
 
 # %% ../nbs/70_viz.ipynb #e92476fa

@@ -86,10 +86,18 @@ def browser():
         chromium.close()
 
 
+# The still pictures below views: how many are there, and how many are seen.
+STILLS = """() => {
+    const all = [...window.jupyterapp.shell.currentWidget.node.querySelectorAll('.jp-OutputArea-child')]
+        .filter(e => e.querySelector('.jp-RenderedImage img') && e.previousElementSibling?.matches('.jp-OutputArea-child'));
+    return {there: all.length, seen: all.filter(e => e.offsetHeight > 50 && e.querySelector('img').naturalWidth > 50).length};
+}"""
+
+
 class Page:
     "A companion, opened and run."
 
-    def __init__(self, browser, lab, name):
+    def __init__(self, browser, lab, name, run=True):
         self.name, self.console, self.outside = name, [], []
         self.page = browser.new_page(viewport={"width": 1500, "height": 1300})
         self.page.set_default_timeout(PATIENCE)
@@ -99,8 +107,9 @@ class Page:
         self.page.goto(f"{lab}/lab/tree/nbs/{name}.ipynb?reset")
         self.page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
         self.page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area').catch(() => 0)")
-        self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        self.wait_done()
+        if run:
+            self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+            self.wait_done()
 
     def wait_done(self):
         until = time.monotonic() + PATIENCE / 1000
@@ -135,11 +144,11 @@ class Page:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.page.screenshot(path=Path(folder) / f"{self.name}{'-' * bool(what)}{what}.png")
 
-    def close(self):
-        "Nothing went wrong unseen, and nothing left the machine."
+    def close(self, *noise):
+        "Nothing went wrong unseen, but for console lines with `noise`; and nothing left the machine."
         self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
         self.page.close()
-        noise = ("favicon", "Failed to load resource: the server responded with a status of 404")
+        noise += ("favicon", "Failed to load resource: the server responded with a status of 404")
         assert not self.outside, f"{self.name} asked for {self.outside[:5]}"
         assert not [c for c in self.console if not any(n in c for n in noise)], self.console[:5]
 
@@ -173,6 +182,31 @@ def test_noisy_clusters(browser, lab):
     choose(page, "show", old, label="most mixed first")
     page.shot()
     page.close()
+
+
+def test_a_stopped_kernel_leaves_pictures(browser, lab):
+    page = Page(browser, lab, "91_noisy_clusters")
+    command = lambda name: page.page.evaluate(f"() => window.jupyterapp.commands.execute('{name}')")
+    assert page.page.evaluate(STILLS) == {"there": 1, "seen": 0}             # the widget answers, and its picture is not shown twice
+    command("docmanager:save")
+    command("kernelmenu:shutdown")
+    page.page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.sessionContext.session")
+    page.page.wait_for_timeout(1500)
+    seen = page.page.evaluate(STILLS)
+    widget = page.page.locator(".domainmix-picture")
+    if widget.count(): widget.last.scroll_into_view_if_needed()
+    assert seen["seen"] + (widget.count() and widget.last.is_visible()) == 1, seen        # one or the other, not both and not none
+    assert page.page.locator(".jp-Dialog").count() == 0
+    page.shot("stopped")
+    page.close()
+    again = Page(browser, lab, "91_noisy_clusters", run=False)               # opened as it was saved: nothing is run
+    again.page.locator(".jp-RenderedImage img").last.wait_for()
+    again.page.wait_for_timeout(1500)
+    assert again.page.evaluate(STILLS) == {"there": 1, "seen": 1}
+    again.page.locator(".jp-RenderedImage img").nth(2).scroll_into_view_if_needed()
+    assert again.page.locator(".jp-Dialog").count() == 0
+    again.shot("opened-again")
+    again.close("widget model not found")
 
 
 def test_domain_map(browser, lab):

@@ -124,3 +124,73 @@ def test_a_notebook_without_an_eligible_cell_fails(tmp_path, cell):
 def test_a_notebook_that_asks_to_be_skipped_fails(tmp_path):
     path = project(tmp_path, "1 / 0", front="---\nskip_exec: true\n---")
     assert "no cell is eligible" in run(path, tmp_path)
+
+
+# The companions on what their readers have: a run, one that is being written, a folder without any.
+
+COMPANIONS = ("91_noisy_clusters", "92_domain_map", "93_rerun_stage", "94_retrieval")
+SAID = {  # what the pages must say where something is missing; `begun`: stage 1 is being written
+    "done": {"92_domain_map": ["has not been probed epoch by epoch"]},
+    "half": {"92_domain_map": ["stage3 of half is not there"]},
+    "begun": {"91_noisy_clusters": ["stage1 of begun is not finished"], "92_domain_map": ["stage3 of begun is not there"]},
+    "none": dict.fromkeys(COMPANIONS, ["there is no run", "no config.json", "there are begun, done, half"])}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "Folders of runs: finished, with stages 0 and 1 only, with the second of these half done, and empty."
+    from domainmix.pipeline import TINY, configure, run
+    data = tmp_path_factory.mktemp("companions")
+    run(configure(TINY, real="world", target="world", run="done", data=str(data)))
+    home = data / "runs"
+    half = shutil.copytree(home / "done", home / "half", ignore=shutil.ignore_patterns("stage2", "stage3", "metrics.json"))
+    log = half / "log.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if json.loads(line)["run"] in ("stage0", "stage1")))
+    seal = shutil.copytree(half, home / "begun") / "stage1" / "stage.json"
+    seal.write_text(seal.read_text().replace('"finished": true', '"finished": false'))
+    (home / "none").mkdir()
+    return home
+
+
+def with_parameters(name, **parameters):
+    "A companion with papermill's cell of parameters, without the cells that no test runs."
+    import papermill.iorw
+    import papermill.parameterize
+    nb = papermill.parameterize.parameterize_notebook(papermill.iorw.load_notebook_node(str(ROOT / "nbs" / f"{name}.ipynb")), parameters)
+    assert any("injected-parameters" in c.metadata.get("tags", []) for c in nb.cells), f"{name} has no cell tagged `parameters`"
+    nb.cells = [c for c in nb.cells if not directives(c.source).keys() & skip_flags()]
+    return nb
+
+
+def page(nb):
+    "All that a notebook's outputs say, and the kinds of its outputs; an error is raised."
+    outputs = [o for c in nb.cells for o in c.get("outputs", [])]
+    for o in outputs:
+        assert o["output_type"] != "error", "\n".join(o["traceback"])
+    told = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs]
+    return "\n".join("".join(t) for t in told), [kind for o in outputs for kind in o.get("data", {})]
+
+
+@pytest.mark.parametrize("name", COMPANIONS)
+@pytest.mark.parametrize("state", SAID)
+def test_companion_says_what_is_missing(runs, state, name):
+    "Each runs to its end, shows what there is, and says the rest."
+    from execnb.nbio import dict2nb
+    from execnb.shell import CaptureShell
+    nb = dict2nb(json.loads(json.dumps(with_parameters(name, run=str(runs / state), data=str(runs.parent)))))
+    for cell in nb.cells:
+        cell.outputs = []
+    CaptureShell(mpl_format=None).run_all(nb, exc_stop=True)
+    text, kinds = page(nb)
+    assert all(words in text for words in SAID[state].get(name, [])), text
+    assert sum(k.startswith("image/") for k in kinds) >= (0 if state == "none" or (state, name) == ("begun", "91_noisy_clusters") else 1), kinds
+    assert ("text/html" in kinds) == (name in SAID[state]), text       # nothing else is missing
+
+
+def test_papermill_runs_a_companion(runs, tmp_path):
+    "The real thing, once: a kernel of its own."
+    import papermill
+    source, out = tmp_path / "in.ipynb", tmp_path / "out.ipynb"
+    shutil.copy(ROOT / "nbs" / "94_retrieval.ipynb", source)
+    done = papermill.execute_notebook(str(source), str(out), dict(run="done", data=str(runs.parent)), progress_bar=False, log_output=False)
+    assert "run done, seed 0" in page(done)[0]
