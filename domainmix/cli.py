@@ -286,7 +286,8 @@ def report_rows(rows: list[dict] # of table.json
                ) -> list[dict]:
     "The rows with the names that a report shows."
     short = lambda k: {"domain_probe": "probe"}.get(k, k.removeprefix("label_"))
-    return [{**{short(k): v for k, v in r.items()}, "method": METHODS[r["method"]].title} for r in rows]
+    known = [r for r in rows if isinstance(r, dict) and isinstance(r.get("method"), str) and r["method"] in METHODS] if isinstance(rows, list) else []
+    return [{**{short(k): v for k, v in r.items()}, "method": METHODS[r["method"]].title} for r in known]
 
 def drawn_pictures(config: RunConfig, n: int = 4) -> dict:
     "A few pictures of each set that is the embedded world, uint8 (n, 3, H, W) by the letter of the domain."

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/60_pipeline.ipynb #8ef20937
 from . import __version__
 from .core import (DomainMixError, Log, Terminated, about_weights, fingerprint, from_dict, generator, load_arrays, load_json,
-                            load_weights, locked, pick_device, plain, ranks, save_json, save_weights, terminable, to_dict, with_overrides,
+                            load_weights, locked, pick_device, plain, ranks, reading, save_json, save_weights, terminable, to_dict, with_overrides,
                             write_atomic)
 from .parallel import first, once, start
 from .world import WorldConfig
@@ -107,6 +107,7 @@ def one_of(name: str, known, what: str) -> str:
 
 def settings_of(backbone: str) -> dict:
     "The settings that a backbone brings; a network of timm is trained as the paper trains ResNet-50."
+    if not isinstance(backbone, str): raise DomainMixError(f"backbone is {backbone!r:.80}", f"give one of {', '.join(PRESETS)}, or timm:NAME")
     if backbone.startswith("timm:"): return {**PAPER, "net": {**PAPER["net"], "name": backbone, "ibn": False}}
     return PRESETS[one_of(backbone, PRESETS, "backbone")]
 
@@ -154,7 +155,7 @@ TABLE = ("only-a", "directmix-initial", "directmix", "control", "domainmix-db", 
 # %% ../nbs/60_pipeline.ipynb #ee2a26d4
 def plain_name(name: str) -> str:
     "The name of a run, which is that of a folder."
-    if not name or Path(name).name != name or name.startswith("."):
+    if not name or Path(name).name != name or name.startswith(".") or not name.isprintable() or len(name.encode()) > 150:
         raise DomainMixError(f"the run's name is {name!r}", "give a plain name: its folder is made below data/runs")
     return name
 
@@ -214,7 +215,7 @@ class Stage:
         seal = self.folder/"stage.json"
         if not seal.is_file(): return None, False
         seal = load_json(seal)
-        return seal.get("hash"), bool(seal.get("finished"))
+        return (seal.get("hash"), seal.get("finished") is True) if isinstance(seal, dict) else (None, False)
 
     @property
     def done(self) -> bool: return self.found() == (self.key, True)
@@ -369,8 +370,12 @@ def load_net(path: str | Path,                # a stage's folder, or a .safetens
     about = about_weights(path)
     if net is None and "backbone" not in about:
         raise DomainMixError(f"{path} does not say which architecture it is", "give it, with --backbone and --net.*")
-    net = net or from_dict(BackboneConfig, about["backbone"])
-    return load_backbone(net, load_weights(path)), about.get("height"), about.get("width")
+    with reading(path):
+        size = [about.get(k) for k in ("height", "width")]
+        if not all(v is None or (type(v) is int and 1 <= v <= 4096) for v in size): raise ValueError(f"its images are of {size[0]!r:.20} x {size[1]!r:.20}")
+        try: net = load_backbone(net or from_dict(BackboneConfig, about["backbone"]), load_weights(path))
+        except DomainMixError as e: raise e if str(path) in e.what else DomainMixError(f"{path}: {e.what}", e.remedy) from e
+        return net, *size
 
 def fresh_net(config: RunConfig) -> ReIDNet:
     "The untrained network of this seed, or the pre-trained one."
@@ -460,7 +465,8 @@ def stage2(config: RunConfig, inputs: Inputs,
 
 def stage3(config: RunConfig, inputs: Inputs, start: Path, labels: Path | None, folder: Path, log: Log | None = None) -> Path:
     "A, labelled B, stage 2's network -> a network that hides the domain; arguments as for `stage2`."
-    classifier = load_weights(Path(start)/"classifier.safetensors")["weight"]
+    file = Path(start)/"classifier.safetensors"
+    with reading(file): classifier = load_weights(file)["weight"]
     done = train_invariant(load_net(start)[0], mixture(config, inputs, labels), config.stage3, seed=config.seed, stage="stage3",
                            device=config.device, folder=folder, log=log, classifier=classifier)
     return keep_net(done.net, config, folder)
@@ -533,7 +539,7 @@ def _mixed(config, inputs, step, stages, before, labels, kind, b):
 def start_key(config: RunConfig) -> str | None:
     "What pre-trained weights are: their name, or the fingerprint of their file."
     w = config.net.weights
-    return fingerprint(Path(w).read_bytes()) if Path(w).is_file() else w
+    return fingerprint(Path(w).read_bytes()) if os.path.isfile(w) else w
 
 def evaluations(stages: list[Stage], config: RunConfig, inputs: Inputs) -> list[Stage]:
     "The stages that measure the network of each stage, or of the last alone."
@@ -626,7 +632,9 @@ def scores(stage: Stage, checks: list[Stage]) -> dict:
     "All that was measured on the network of `stage`."
     found = {"mAP": None, "rank1": None, "rank5": None, "rank10": None, "mAP_trapezoid": None, "mINP": None, "domain_probe": None}
     for c in checks:
-        if c.folder.parent == stage.folder: found |= load_json(c.folder/"scores.json")
+        file = c.folder/"scores.json"
+        if c.folder.parent == stage.folder:
+            with reading(file): found |= {k: float(v) for k, v in load_json(file).items() if v is not None}
     return found
 
 def metrics(config: RunConfig, inputs: Inputs, stages: list[Stage], checks: list[Stage]) -> dict:
@@ -646,7 +654,14 @@ def load_config(path: str | Path # a JSON file with settings, all or some, neste
     "The run that a file describes, and what the file holds besides settings."
     values = load_json(path)
     if not isinstance(values, dict): raise DomainMixError(f"{path} holds no settings", 'write them as {"real": "folder:DIR", ...}')
-    return configure({k: v for k, v in values.items() if k not in HOUSE}), {k: values[k] for k in HOUSE if k in values}
+    try: config = configure({k: v for k, v in values.items() if k not in HOUSE})
+    except DomainMixError as e: raise DomainMixError(f"{path}: {e.what}", e.remedy) from e
+    more = {k: values[k] for k in HOUSE if k in values}
+    for k, kind in (("methods", str), ("seeds", int)):        # folders are called by them
+        if k in more and not (isinstance(more[k], list) and more[k] and all(type(v) is kind for v in more[k])):
+            raise DomainMixError(f"{path}: {k} is {more[k]!r:.80}", f"give a list of {'names' if kind is str else 'whole numbers'}")
+    if not isinstance(more.get("inputs", {}), dict): raise DomainMixError(f"{path}: inputs is {more['inputs']!r:.80}", "leave it out: a run writes it")
+    return config, more
 
 def describe(config: RunConfig, inputs: Inputs, **more: Any) -> dict:
     "What config.json holds: every setting, the package's version, the fingerprints of the input."
@@ -719,12 +734,12 @@ def find_net(model: str | Path,       # a .safetensors file, a stage's folder, a
             ) -> Path:
     "The file of the network that is meant; of a run it is that of the last stage."
     for path in (Path(model), Path(data)/"runs"/model):
-        if path.is_file(): return path
-        if (path/"model.safetensors").is_file(): return path/"model.safetensors"
-        if (path/"config.json").is_file():
-            about = load_json(path/"config.json")
+        if os.path.isfile(path): return path
+        if os.path.isfile(path/"model.safetensors"): return path/"model.safetensors"
+        if os.path.isfile(path/"config.json"):
+            config, about = load_config(path/"config.json")
             if "methods" in about: raise DomainMixError(f"{path} is a table of many runs", f"name one of its stages, such as {path}/seed0/stage2-refined")
-            last = METHODS[about["method"]].last
+            last = METHODS[one_of(config.method, METHODS, f"method in {path/'config.json'}")].last
             if not (path/last/"model.safetensors").is_file():
                 raise DomainMixError(f"the run in {path} has not finished its {last}", "run it to its end, or name the folder of a stage")
             return path/last/"model.safetensors"

@@ -304,7 +304,7 @@ def save_labels(path: str | Path,    # .npz or .csv; the other is written beside
     "Write the table as `.npz` and as `.csv`."
     columns = {f.name: getattr(labels, f.name) for f in dataclasses.fields(labels)}
     def write(p):
-        with open(p, "w", newline="", encoding="utf-8") as f:
+        with open(p, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:      # a name may be no UTF-8
             out = csv.writer(f, lineterminator="\n")
             out.writerow(columns)
             out.writerows(zip(*(c.astype(int).tolist() if c.dtype == bool else c.tolist() for c in columns.values())))
@@ -318,7 +318,7 @@ def load_labels(path: str | Path # .npz or .csv
     with reading(path):
         if Path(path).suffix == ".npz": columns = load_arrays(path)
         else:
-            with open(path, newline="", encoding="utf-8") as f: rows = list(csv.reader(f, strict=True))
+            with open(path, newline="", encoding="utf-8", errors="surrogateescape") as f: rows = list(csv.reader(f, strict=True))
             columns = {name: np.array(c, str if name == "path" else int) for name, *c in zip(*rows, strict=True)}
         if set(columns) != set(names): raise ValueError(f"its columns are {', '.join(columns)}, not {', '.join(names)}")
         return PseudoLabels(**columns)

@@ -194,7 +194,7 @@ def find_run(run: str | Path,           # a run's folder, or its name
             ) -> Path:
     "The folder of a run or of a table of runs."
     for folder in (Path(run), Path(data)/"runs"/run):
-        if (folder/"config.json").is_file(): return folder
+        if os.path.isfile(folder/"config.json"): return folder
     there = sorted(p.parent.name for p in (Path(data)/"runs").glob("*/config.json"))
     raise DomainMixError(f"there is no run {str(run)!r}: no config.json in {Path(data)/'runs'/run}",
                          f"there are {', '.join(there)}" if there else "make one: domainmix run --real world --target world --run NAME, or make demo")

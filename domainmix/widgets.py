@@ -298,7 +298,7 @@ def fork(results: Results, # a run that is done or half done
     if results.more.get("methods"): raise DomainMixError(f"{results.home.name} is a table of runs", "open one run: a copy of a table would redo all its rows")
     home = results.home.with_name(plain_name(name))
     if home.exists(): raise DomainMixError(f"{home} exists", "choose another name")
-    leave = shutil.ignore_patterns("views", "*.tmp", "metrics.json", "report.html", "process.txt")
+    leave = shutil.ignore_patterns("views", "*.tmp", "metrics.json", "report.html", "process.txt", "tensorboard", ".lock")
     return Path(shutil.copytree(results.home, home, ignore=leave))
 
 # %% ../nbs/72_widgets.ipynb #59628baa
