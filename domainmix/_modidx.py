@@ -110,6 +110,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                    'domainmix.batches.load_images': ('batches.html#load_images', 'domainmix/batches.py'),
                                    'domainmix.batches.normalise': ('batches.html#normalise', 'domainmix/batches.py'),
                                    'domainmix.batches.open_cache': ('batches.html#open_cache', 'domainmix/batches.py'),
+                                   'domainmix.batches.paint': ('batches.html#paint', 'domainmix/batches.py'),
+                                   'domainmix.batches.painted': ('batches.html#painted', 'domainmix/batches.py'),
                                    'domainmix.batches.pools': ('batches.html#pools', 'domainmix/batches.py'),
                                    'domainmix.batches.read_picture': ('batches.html#read_picture', 'domainmix/batches.py'),
                                    'domainmix.batches.reason': ('batches.html#reason', 'domainmix/batches.py'),

@@ -357,7 +357,7 @@ def take(
     device: torch.device,  # where the network is
 ) -> Tensor:               # (B, 3, H, W) uint8 on the device
     "A batch of images, on the device."
-    batch = images[index.to(images.device)]
+    batch = images[index] if isinstance(images, Pile) else images.index_select(0, index.to(images.device))   # copies rows; images[index] copies bytes
     if device.type == "cuda" and batch.device.type == "cpu": batch = batch.pin_memory()    # else the copy would wait
     return batch.to(device, non_blocking=True)
 
