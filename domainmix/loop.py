@@ -94,10 +94,10 @@ class Meter:
         self,
         where: str,      # what is being trained, for the message
         every: int = 1,  # look at the numbers every so many iterations
-        state: dict | None = None, # go on counting from there
+        state: list | None = None, # go on counting from there
     ):
         self.where, self.every, self.pending, self.last = where, every, [], {}
-        vars(self).update(state or dict(total={}, seen={}, images=0, iterations=0))
+        self.total, self.seen, self.images, self.iterations = state or ({}, {}, 0, 0)
         self.clock()
 
     def add(self, images: int, **terms: Tensor) -> bool:
@@ -131,8 +131,8 @@ class Meter:
         self.look()
         return {k: self.total[k] / self.seen[k] for k in self.total} | dict(iterations=self.iterations, images_per_s=round(self.speed(), 1))
 
-    def state(self) -> dict:
-        return self.look() and dict(total=self.total, seen=self.seen, images=self.images, iterations=self.iterations)
+    def state(self) -> list:
+        return self.look() and [self.total, self.seen, self.images, self.iterations]
 
     def __str__(self): return " ".join(f"{k} {v:.3g}" for k, v in self.last.items())
 
@@ -211,6 +211,7 @@ def load_checkpoint(
                                  "use another folder, or delete the file to start this run afresh")
         with reading(at):
             if not all(type(line["iterations"]) is int for line in state["history"]): raise ValueError("it has no history")
+            if state["midway"] is not None: Meter("", state=state["midway"]["meter"]).means()
             for name, part in parts.items(): part.load_state_dict(state["parts"][name])
         return state["history"], state["midway"] or {}
     return [], {}
@@ -255,7 +256,7 @@ class Saved:
     @property
     def done(self) -> int:
         "Steps of this epoch that were done before the process was asked to end."
-        return self.midway["meter"]["iterations"] if self.midway else 0
+        return Meter("", state=self.midway["meter"]).iterations if self.midway else 0
 
     def own(self, **parts: object) -> None:
         "Save these too while the epoch lasts, and bring them to where they were when it was left."

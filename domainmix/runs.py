@@ -232,9 +232,13 @@ def run_rows(home: Path, method: str) -> dict[str, dict]:
 
 def rows_of(home: Path, config: Any, more: dict) -> list[dict]:
     "A run or a table as rows of `of`, `seed` and scores."
-    if "methods" not in more: return [{"of": k, "seed": 0, **v} for k, v in run_rows(home, config.method).items()]
-    rows = load_json(home/"table.json") if (home/"table.json").is_file() else []
-    return [{"of": r["method"], **r} for r in rows]
+    table = "methods" in more
+    file = home/("table.json" if table else "metrics.json")
+    measured = lambda row: {k: None if row.get(k) is None else float(row[k]) for k in (*SCORES, *LABELS)}
+    if table and not file.is_file(): return []
+    with reading(file) if file.is_file() else contextlib.nullcontext():       # it may hold anything
+        if table: return [{"of": str(r["method"]), "seed": int(r["seed"]), **measured(r)} for r in load_json(file)]
+        return [{"of": k, "seed": 0, **measured(v)} for k, v in run_rows(home, config.method).items()]
 
 def with_ends(one: list[dict], other: list[dict] # of two runs
              ) -> tuple[list[dict], list[dict]]:
