@@ -956,6 +956,12 @@ def walk(widget):
 
 # Names that are no text.
 
+def test_messages_move_no_cursor():
+    "A name out of somebody's file may hold a terminal's control codes."
+    said = str(DomainMixError("unknown setting \x1b[2J\x07\ud800 é", "drop it"))
+    assert said == "unknown setting \\x1b[2J\\x07\\ud800 é\n  -> drop it"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="names are text there")
 def test_names_that_are_no_text(tmp_path):
     "A folder or a picture whose name is no UTF-8 goes through settings, labels and logs."
