@@ -27,7 +27,7 @@ def to_rgb(image: Image.Image # any mode
           ) -> Image.Image:
     "The picture as eight-bit RGB."
     if image.mode.startswith("I"):  # 16 bits: Pillow would cut them off at 255, and the picture would be white
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "P": image = image.convert("RGBA")
     return image.convert("RGB")
 
@@ -39,7 +39,7 @@ def upright(image: Image.Image # maybe with an orientation in its EXIF data
     return ImageOps.exif_transpose(image) if turned else image
 
 # %% ../nbs/12_batches.ipynb #61e4c4d1
-MAX_PIXELS = 64 * 2**20 # no crop of a person is larger; a damaged or hostile file may say it is
+MAX_PIXELS = 16 * 2**20 # no crop of a person is larger; a damaged or hostile file may say it is
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF") # Pillow knows forty by their content, and starts programs for some
 

@@ -27,7 +27,8 @@ class DomainMixError(Exception):
                  remedy: str = "" # what to do about it
                 ):
         self.what, self.remedy = what, remedy
-        super().__init__(f"{what}\n  -> {remedy}" if remedy else what)
+        said = f"{what}\n  -> {remedy}" if remedy else what      # a name in it may hold what moves a cursor, or is no text
+        super().__init__("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in said))
 
     def __reduce__(self): return type(self), (self.what, self.remedy)
 
