@@ -2,6 +2,7 @@
 # make test   everything that is checked, notebooks first
 # make lab    the notebooks in JupyterLab
 # make test-browser   the companion notebooks in a real Chromium, which must be there already
+# make stress a small run, killed fifty times at random moments (ARGS="--processes 2": on two processes)
 # make docs   the notebooks as a website, in _docs/
 # make sync   notebooks -> package, and notebooks cleaned for git
 # make clean  caches and build leftovers (the data, the runs and .venv stay)
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.domainmix-installed
 ARGS ?=
 JUNIT ?=
 
-.PHONY: help demo test test-browser lab docs sync clean
+.PHONY: help demo test test-browser stress lab docs sync clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +49,9 @@ test-browser: $(STAMP)
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab nbs
+
+stress: $(STAMP)
+	@$(BIN)/python tools/stress.py $(ARGS)
 
 docs: $(STAMP)
 	@$(BIN)/python tools/docs.py

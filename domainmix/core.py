@@ -286,6 +286,9 @@ def terminable():
     if threading.current_thread() is not threading.main_thread(): yield; return   # only the main thread hears signals
     before, _term.held = signal.signal(signal.SIGTERM, _on_term), False
     try: yield
+    except Exception as e:
+        if _term.asked: raise Terminated from e      # a library took it for an error of its own
+        raise
     finally:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
         _term.asked = False

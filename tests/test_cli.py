@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from domainmix.core import load_json, load_jsonl, save_json, save_weights
+from domainmix.core import load_json, load_jsonl, locked, save_json, save_weights
 from domainmix.data import write_market1501, write_msmt17, write_randperson
 from domainmix.world import toy
 
@@ -480,10 +481,6 @@ def test_killed_at_any_moment(domainmix, flags, undisturbed):
 
 
 def test_two_processes_do_not_share_a_run(domainmix, flags):
-    fcntl = pytest.importorskip("fcntl")
-    home = domainmix.cwd / "data/runs/k"
-    home.mkdir(parents=True)
-    handle = os.open(home, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    try: wrong(domainmix("run", *flags, "--run", "k"), "another process", "data/runs/k")
-    finally: os.close(handle)
+    pytest.importorskip("fcntl")
+    with locked(domainmix.cwd / "data/runs/k"):
+        wrong(domainmix("run", *flags, "--run", "k"), f"process {os.getpid()} on {socket.gethostname()}, since 20", "is at work in", "data/runs/k")

@@ -2,7 +2,9 @@
 import ast
 import configparser
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -246,3 +248,28 @@ def test_the_documentation_needs_no_network(tmp_path):
         assert subtitle and "<h1" in page and not re.search(r"<(script|link)|src=\"(?!data:)|url\(", page), name
         assert not re.search(r"\]\(\w+\.ipynb", page) and ".ipynb" not in "".join(re.findall(r'href="[^"]*"', page))
         assert name != "22_losses" or page.count("<math") > 5
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_a_slurm_job_is_put_back_while_it_gets_on(tmp_path):
+    "srun and scontrol are stand-ins: a job that was stopped is put back, one that fails in the same place is not."
+    home, bin = tmp_path/"runs/far", tmp_path/"bin"
+    home.mkdir(parents=True), bin.mkdir()
+    (tmp_path/"run.json").write_text(json.dumps({"data": str(tmp_path), "run": "far"}))
+    (bin/"srun").write_text('#!/bin/sh\necho "$@" >> "$HERE/said"\n[ -e "$HERE/done" ] && exit 0\nexit 143\n')
+    (bin/"scontrol").write_text('#!/bin/sh\necho scontrol "$@" >> "$HERE/said"\n[ "$1" = show ] && echo node7 && echo node8\nexit 0\n')
+    for f in bin.iterdir(): f.chmod(0o755)
+    env = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "HERE": str(tmp_path), "PYTHON": sys.executable, "SLURM_JOB_NODELIST": "node[7-8]",
+           "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "99"}
+    def job():
+        done = subprocess.run(["bash", ROOT/"tools/slurm.sh", str(tmp_path/"run.json")], env=env, capture_output=True, text=True)
+        return done.returncode, (tmp_path/"said").read_text().count("scontrol requeue 99")
+    (home/"last.ckpt").touch()
+    assert job() == (143, 1)
+    assert job() == (143, 1)                                       # no further than before
+    (home/"last.ckpt").unlink(), (home/"stage.json").touch()
+    assert job() == (143, 2)
+    (tmp_path/"done").touch()
+    assert job() == (0, 2)
+    said = (tmp_path/"said").read_text()
+    assert "--nnodes 2 --nproc_per_node 4" in said and "--rdzv_endpoint node7:29500" in said and "-m domainmix.pipeline --config" in said
