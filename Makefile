@@ -1,5 +1,5 @@
 # make demo   the whole method on drawn people: minutes, no downloads beyond the packages
-# make test   everything that is checked, notebooks first
+# make test   everything that is checked, notebooks first; BROWSER=1: the companions in a real browser too
 # make lab    the notebooks in JupyterLab
 # make test-browser   the companion notebooks in a real Chromium, which must be there already
 # make stress a small run, killed fifty times at random moments (ARGS="--processes 2": on two processes)
@@ -40,7 +40,7 @@ demo: $(STAMP)
 
 # Two tests at a time, each on one core: more threads only get in each other's way.
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(JUNIT),--junitxml="$(JUNIT)") $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(BROWSER),,--ignore=tests/test_browser.py) $(if $(JUNIT),--junitxml="$(JUNIT)") $(ARGS)
 
 test-browser: $(STAMP)
 	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "there is no Chromium here; on Debian and Ubuntu: apt-get install --no-install-recommends chromium fonts-dejavu" >&2; exit 1; }

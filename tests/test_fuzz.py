@@ -741,7 +741,7 @@ def one_by_one(home, right):
         assert found[1:] == right.size and all(torch.equal(v, right.net[k]) for k, v in found[0].state_dict().items())
 
 
-@fuzz(48)
+@fuzz(24)
 @given(st.sampled_from(PIECES), wounds)
 @example("stage3/model.safetensors", [("flip", .9, 3)])
 @example("stage1/features.npy", [("all", 0, b"")])
@@ -754,7 +754,7 @@ def test_run_damaged(run, piece, how):
         one_by_one(home, right)
 
 
-@fuzz(48)
+@fuzz(24)
 @given(st.sampled_from([p for p in PIECES if p.endswith((".json", ".jsonl"))]), st.sampled_from(["", "seeds", "methods", "method", "inputs", "after", "settings", "finished", "hash", "stages", "mAP", "domain_probe", "epoch", "run", "id", "loss"]), anything)
 @example("config.json", "seeds", ["../../x"])
 @example("config.json", "method", "no such")

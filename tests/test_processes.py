@@ -92,7 +92,10 @@ def the_same_but_sooner(home, alone, said):
     assert len(lines) == len({(r["run"], r["epoch"]) for r in lines})
 
 
-@pytest.mark.skipif(not os.environ.get("DOMAINMIX_SLOW"), reason="a longer test: DOMAINMIX_SLOW=1")
+longer = pytest.mark.skipif(not os.environ.get("DOMAINMIX_SLOW"), reason="a longer test: DOMAINMIX_SLOW=1")
+
+
+@longer
 def test_two_processes_find_what_one_finds(start, alone):
     job, home = start("two", 2)
     code, said = ended(job)
@@ -102,17 +105,25 @@ def test_two_processes_find_what_one_finds(start, alone):
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
+@longer
+def test_two_processes_asked_to_end(start, alone):
+    job, home = start("asked", 2)
+    when(job, home, "stage1", 2)
+    os.killpg(job.pid, signal.SIGTERM)                            # as a cluster does to all processes of a job
+    code, said = ended(job)
+    assert code != 0 and (home/"stage1").is_dir() and not (home/"metrics.json").exists(), said
+    job, _ = start("asked", 2)
+    code, said = ended(job)
+    assert code == 0, said
+    the_same_but_sooner(home, alone, said)
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
-def test_two_processes_struck_and_stopped_and_resumed_by_one(start, alone):
+def test_one_of_two_processes_dies_and_one_goes_on(start, alone):
     job, home = start("struck", 2)
-    when(job, home, "stage1", 1)
+    when(job, home, "stage2", 2)
     assert len(workers(job)) == 2
     os.kill(workers(job)[-1], signal.SIGKILL)                     # one machine of two is gone
-    code, said = ended(job)
-    assert code != 0 and not (home/"metrics.json").exists(), said
-    job, _ = start("struck", 2)
-    when(job, home, "stage2", 2)
-    os.killpg(job.pid, signal.SIGTERM)                            # as a cluster does to all processes of a job
     code, said = ended(job)
     assert code != 0 and (home/"stage2").is_dir() and not (home/"metrics.json").exists(), said
     job, _ = start("struck", 1)
