@@ -108,6 +108,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                    'domainmix.batches.fill_cache': ('batches.html#fill_cache', 'domainmix/batches.py'),
                                    'domainmix.batches.from_cache': ('batches.html#from_cache', 'domainmix/batches.py'),
                                    'domainmix.batches.load_images': ('batches.html#load_images', 'domainmix/batches.py'),
+                                   'domainmix.batches.new_array': ('batches.html#new_array', 'domainmix/batches.py'),
                                    'domainmix.batches.normalise': ('batches.html#normalise', 'domainmix/batches.py'),
                                    'domainmix.batches.open_cache': ('batches.html#open_cache', 'domainmix/batches.py'),
                                    'domainmix.batches.paint': ('batches.html#paint', 'domainmix/batches.py'),

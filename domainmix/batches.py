@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'FORMATS', 'MEAN', 'STD', 'TRIES', 'TONE', 'to_rgb', 'upright', 'read_picture', 'reason', 'decode',
-           'bad_pictures', 'content_key', 'open_cache', 'fill_cache', 'decoded', 'from_cache', 'load_images',
-           'normalise', 'AugmentConfig', 'draw', 'rectangles', 'crop', 'erase', 'paint', 'painted', 'augment',
-           'TrainSet', 'train_set', 'Pile', 'shifted', 'union', 'choose', 'stretches', 'IdentityIndex', 'pools',
-           'PKSampler']
+           'bad_pictures', 'content_key', 'open_cache', 'new_array', 'fill_cache', 'decoded', 'from_cache',
+           'load_images', 'normalise', 'AugmentConfig', 'draw', 'rectangles', 'crop', 'erase', 'paint', 'painted',
+           'augment', 'TrainSet', 'train_set', 'Pile', 'shifted', 'union', 'choose', 'stretches', 'IdentityIndex',
+           'pools', 'PKSampler']
 
 # %% ../nbs/12_batches.ipynb #64dbf548
-import functools, math, os, warnings
+import math, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,15 +109,21 @@ def open_cache(folder: Path, # where caches lie
     return (images, bad, digest) if whole and images.shape == (shape[0] - len(bad), *shape[1:]) and images.dtype == np.uint8 and images.flags.c_contiguous else None
 
 # %% ../nbs/12_batches.ipynb #b5ce5e5b
+def new_array(path: Path, shape: tuple) -> np.memmap:
+    "An .npy of bytes to be filled. Its place is taken at once: a full disk is an error here, and would be a crash at some page later."
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as f: os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    return out
+
 def fill_cache(folder: Path, key: str, files: list[str], shape: tuple) -> dict[int, str]:
     "Decode `files` into a new cache; the small .json is written last, so that half a cache is never taken for a whole one."
     path, bad = folder/f"{key}.npy", {}
-    new = functools.partial(np.lib.format.open_memmap, mode="w+", dtype=np.uint8)
-    write_atomic(path, lambda p: bad.update(decode(files, new(p, shape=shape))))
+    write_atomic(path, lambda p: bad.update(decode(files, new_array(p, shape))))
     if bad and len(bad) < len(files):
         keep, old = np.setdiff1d(np.arange(len(files)), list(bad)), np.load(path, mmap_mode="r")
         def without_bad(p):
-            out = new(p, shape=(len(keep), *shape[1:]))
+            out = new_array(p, (len(keep), *shape[1:]))
             for a in range(0, len(keep), 4096): out[a:a + 4096] = old[keep[a:a + 4096]]
         write_atomic(path, without_bad)
     if len(bad) == len(files): path.unlink()

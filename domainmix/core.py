@@ -10,14 +10,14 @@ __all__ = ['DomainMixError', 'fails', 'generator', 'pick_device', 'bf16_is_fast'
            'Log', 'locked', 'shared']
 
 # %% ../nbs/00_core.ipynb #850b738a
-import contextlib, dataclasses, difflib, functools, hashlib, importlib.util, json, os, pickle, signal, socket, threading, time, types, typing, warnings, zipfile
+import contextlib, dataclasses, difflib, functools, hashlib, importlib.util, io, json, os, pickle, signal, socket, threading, time, types, typing, warnings, zipfile
 from pathlib import Path
 from typing import Any, Callable
 
 # %% ../nbs/00_core.ipynb #381e0c92
 import numpy as np, torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 # %% ../nbs/00_core.ipynb #e8f1d04a
 class DomainMixError(Exception):
@@ -267,6 +267,9 @@ def write_atomic(path: str | Path,              # the file to write; its folder 
         write(beside)
         with open(beside, "rb+") as f: os.fsync(f.fileno())
         os.replace(beside, path)
+    except OSError as e:
+        if e.filename is None: e.filename = str(path)      # a write says that the disk is full, and not where
+        raise
     finally: beside.unlink(missing_ok=True)
     return path
 
@@ -374,7 +377,7 @@ def save_weights(path: str | Path,               # the file, usually .safetensor
     state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
     about = json.dumps(plain(about))
     header = {"about": about, "fingerprint": fingerprint(state, about)}
-    return write_atomic(path, lambda p: save_file(state, p, header))
+    return write_atomic(path, lambda p: p.write_bytes(save(state, header)))    # by Python, so that a full disk is an OSError
 
 # %% ../nbs/00_core.ipynb #bb0e6c15
 def load_weights(path: str | Path # a .safetensors file
@@ -398,7 +401,9 @@ def save_state(path: str | Path, # the file, usually last.ckpt
                state: dict       # nested dicts and lists of tensors, numbers and strings
               ) -> Path:
     "Write what resuming a run needs."
-    return write_atomic(path, lambda p: torch.save(state, p))
+    whole = io.BytesIO()
+    torch.save(state, whole)
+    return write_atomic(path, lambda p: p.write_bytes(whole.getbuffer()))      # as for weights
 
 def load_state(path: str | Path # a file that `save_state` wrote
               ) -> dict:

@@ -922,7 +922,7 @@ def report_errors(call: Callable[[], Any] # what the user asked for
     except BrokenPipeError:  # whoever read the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 141
     except OSError as e:
-        if e.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT): raise
+        if e.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
         say(f"error: {e.strerror}: {e.filename or 'while writing'}\n  -> make room or change its rights, or choose another --data; the same command goes on"); return 2
     except torch.cuda.OutOfMemoryError as e: say(f"error: the GPU's memory is full ({e})\n  -> smaller batches (stage2.p, stage3.p, spcl.p), a smaller --height and --width, more processes, or --device cpu; what was finished is kept"); return 2
     except Terminated: say("\nasked to end, and the state is saved: the same command goes on from here", own=False); return 143

@@ -213,6 +213,45 @@ def test_bounds_of_eq_1_do_not_redo_stage_1(after, flags):
     assert before["stage1/refined"] != seals(home)["stage1/refined"]
 
 
+def full(argv, cwd, kilobytes):
+    "The command where no file may be larger than that, as on a disk that is full."
+    import resource
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024))
+    return subprocess.run([sys.executable, "-m", "domainmix.cli", *map(str, argv)], cwd=cwd, preexec_fn=limit, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs limits of the system")
+def test_a_full_disk_loses_nothing(domainmix, flags):
+    argv, home = ("run", *flags, "--run", "k", "--all-stages"), domainmix.cwd / "data/runs/k"
+    for kilobytes, file in ((40, ".npy"), (300, None)):                   # the decoded images find no room; then a checkpoint
+        said = full(argv, domainmix.cwd, kilobytes)
+        assert said.returncode == 2 and "Traceback" not in said.stderr and "make room" in said.stderr and (file is None or file in said.stderr), said.stderr
+        assert not list((domainmix.cwd / "data").glob("**/*.part*"))
+    assert (home / "config.json").is_file() and not (home / "metrics.json").exists()
+    assert domainmix(*argv).code == 0 and (home / "metrics.json").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(domainmix, flags):
+    (domainmix.cwd / "data").mkdir(mode=0o500)
+    wrong(domainmix("run", *flags), "change its rights")
+
+
+def test_images_that_changed_are_refused_and_images_that_were_touched_are_not(domainmix, sets):
+    shutil.copytree(sets / "a", domainmix.cwd / "a")
+    argv = ("run", "--config", sets / "tiny.json", "--synthetic", f"randperson:{domainmix.cwd/'a'}", "--method", "only-a", "--run", "k")
+    home, pictures = domainmix.cwd / "data/runs/k", sorted((domainmix.cwd / "a").glob("**/*.jpg"))
+    assert domainmix(*argv).code == 0
+    done = seals(home)
+    for f in pictures: os.utime(f, (1, 1))                              # a copy without dates, a clock that was wrong
+    assert domainmix(*argv).code == 0 and seals(home) == done
+    pictures[0].write_bytes(pictures[-1].read_bytes())
+    wrong(domainmix(*argv), "synthetic: other images", f"{len(pictures)} images then", "--update")
+    assert seals(home) == done
+    assert domainmix(*argv, "--update").code == 0 and seals(home) != done
+
+
 def test_fresh_starts_from_nothing(after, flags):
     home = after.cwd / "data/runs/first"
     before = seals(home)
