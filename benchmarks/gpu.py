@@ -15,7 +15,7 @@ import torch
 from domainmix.backbone import BackboneConfig, build_backbone
 from domainmix.batches import TrainSet, union
 from domainmix.bench import after_knn, bench_features, machine, share_found
-from domainmix.bench_training import PARTS, bench_input, bench_step, input_text, measured, step_text, watched
+from domainmix.bench_training import PARTS, bench_input, bench_step, measured, watched
 from domainmix.core import DomainMixError, generator, pick_device, save_json
 from domainmix.evaluate import rank
 from domainmix.knn import knn

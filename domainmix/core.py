@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['DomainMixError', 'fails', 'generator', 'pick_device', 'bf16_is_fast', 'autocast', 'compiled', 'plain', 'fit',
            'to_dict', 'from_dict', 'with_overrides', 'fingerprint', 'ranks', 'write_atomic', 'Terminated', 'terminable',
-           'held', 'reading', 'save_json', 'too_deep', 'load_json', 'save_arrays', 'load_arrays', 'sound_zip',
-           'save_weights', 'load_weights', 'about_weights', 'save_state', 'load_state', 'append_jsonl', 'load_jsonl',
-           'Log', 'locked', 'shared']
+           'held', 'reading', 'save_json', 'too_deep', 'load_json', 'load_dict', 'save_arrays', 'load_arrays',
+           'sound_zip', 'save_weights', 'load_weights', 'about_weights', 'save_state', 'load_state', 'append_jsonl',
+           'load_jsonl', 'Log', 'locked', 'holder', 'shared']
 
 # %% ../nbs/00_core.ipynb #850b738a
-import contextlib, dataclasses, difflib, functools, hashlib, importlib.util, io, json, os, pickle, signal, socket, threading, time, types, typing, warnings, zipfile
+import contextlib, dataclasses, difflib, functools, hashlib, importlib.util, io, json, os, signal, socket, threading, time, types, typing, warnings, zipfile
 from pathlib import Path
 from typing import Any, Callable
 
 # %% ../nbs/00_core.ipynb #381e0c92
 import numpy as np, torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 # %% ../nbs/00_core.ipynb #e8f1d04a
@@ -341,6 +341,13 @@ def load_json(path: str | Path # a JSON file; a byte order mark is no fault
         if too_deep(value): raise ValueError("it is nested without end")
         return value
 
+def load_dict(path: str | Path # a JSON file that must hold an object
+             ) -> dict:
+    "The JSON object in `path`; anything else is refused."
+    found = load_json(path)
+    if isinstance(found, dict): return found
+    raise DomainMixError(f"{path} is damaged: it holds a {type(found).__name__}, no JSON object", "delete it and run the stage again: it will be rebuilt")
+
 # %% ../nbs/00_core.ipynb #de09e2a8
 def save_arrays(path: str | Path, # the file, usually .npz
                 /, **arrays: Any  # name = array (or tensor, or list)
@@ -457,20 +464,21 @@ class Log:
     append_jsonl = __call__
 
 # %% ../nbs/00_core.ipynb #e88909bb
-def _lock(file, wait: bool) -> None:
-    "Lock an open file; `BlockingIOError` if another process has it."
+def _lock(file, wait: bool) -> bool:
+    "Lock an open file, if there are locks where it lies; `BlockingIOError` if another process has it."
     import fcntl
     for patience in (.05, .1, None):
-        try: return fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try: fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)); return True
         except BlockingIOError:                  # maybe somebody only looks whether it is locked
             if patience is None: raise
             time.sleep(patience)
-        except OSError: return                   # some network file systems have no locks
+        except OSError: return False             # some network file systems have none
 
-def _owner(path: Path) -> str:
-    "Who holds the lock, as it wrote itself."
-    try: d = json.loads(path.read_text()); return f"process {d['pid']} on {d['host']}, since {d['since']},"
-    except (OSError, ValueError, KeyError, TypeError): return "another process"
+def _owner(path: Path) -> dict:
+    "Who holds the lock, as it wrote itself; {} where it wrote nothing."
+    try: said = json.loads(path.read_text())
+    except (OSError, ValueError): return {}
+    return said if isinstance(said, dict) and {"pid", "host"} <= said.keys() else {}
 
 @contextlib.contextmanager
 def locked(folder: str | Path,  # made if missing
@@ -481,14 +489,29 @@ def locked(folder: str | Path,  # made if missing
     path.parent.mkdir(parents=True, exist_ok=True)
     if ranks()[0] or importlib.util.find_spec("fcntl") is None: yield; return    # there are systems without such locks
     with open(path, "a") as f:
-        try: _lock(f, wait)
-        except BlockingIOError: raise DomainMixError(f"{_owner(path)} is at work in {folder}", "wait for it, stop it, or choose another --run") from None
+        try: alone = _lock(f, wait)
+        except BlockingIOError:
+            who = "process {pid} on {host}, since {since},".format(**{"since": "?"} | _owner(path)) if _owner(path) else "another process"
+            raise DomainMixError(f"{who} is at work in {folder}", "wait for it, stop it, or choose another --run") from None
         f.truncate(0)
         f.write(json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S %z"))))
         f.flush()
-        for left in path.parent.glob(".*.part*"): left.is_file() and left.unlink(missing_ok=True)
+        for left in path.parent.glob(".*.part*") if alone else ():
+            if left.is_file(): left.unlink(missing_ok=True)
         try: yield
         finally: f.truncate(0)
+
+# %% ../nbs/00_core.ipynb #324f8e72
+def holder(folder: str | Path # that somebody may have `locked`
+          ) -> dict | None:   # what it wrote of itself, {} if nothing; None: nobody is at work
+    "Who holds a folder."
+    path = Path(folder)/".lock"
+    if not path.is_file() or importlib.util.find_spec("fcntl") is None: return None
+    import fcntl
+    with contextlib.suppress(OSError), open(path) as f:      # some network file systems have no locks
+        try: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError: return _owner(path)
+    return None
 
 # %% ../nbs/00_core.ipynb #2779fb60
 def shared() -> Path | None:

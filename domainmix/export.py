@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FORMATS', 'BATCHES', 'LEFT_OUT', 'TERMS', 'RESEARCH', 'ROLES', 'USE', 'LIMITS', 'SplitNorm', 'portable', 'Features',
            'needed', 'captured', 'write_onnx', 'write_torch', 'open_torch', 'OnnxModel', 'open_onnx', 'Format',
-           'probe_images', 'differences', 'check_parity', 'without_paths', 'kept_settings', 'card_sets', 'facts',
-           'part_of', 'learned_from', 'card_data', 'card_licence', 'row_of', 'card_metrics', 'card_settings',
-           'card_input', 'versions', 'card', 'new_folder', 'attempt', 'export', 'embed_onnx']
+           'probe_images', 'differences', 'check_parity', 'without_paths', 'kept_settings', 'card_sets', 'part_of',
+           'learned_from', 'card_data', 'card_licence', 'row_of', 'card_metrics', 'card_settings', 'card_input',
+           'versions', 'card', 'new_folder', 'attempt', 'export', 'embed_onnx']
 
 # %% ../nbs/65_export.ipynb #2c03d4f3
 import contextlib, hashlib, importlib, importlib.metadata, logging, os, platform, re, shutil, warnings
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/65_export.ipynb #90a545b0
 from . import __version__
-from .core import DomainMixError, about_weights, generator, load_json, save_json, to_dict
+from .core import DomainMixError, about_weights, generator, load_dict, load_json, save_json, to_dict
 from .data import LAYOUTS, leads_out, read_dataset
 from .batches import MEAN, STD, normalise
 from .backbone import IBN, ReIDNet, from_domain_bn, n_parameters
@@ -229,13 +229,6 @@ def card_sets(config: RunConfig, # of the run
     return [{"layout": k, "name": title(k), "terms": TERMS.get(k, _REAL)} for k in layouts if k == "world" or k in LAYOUTS]
 
 # %% ../nbs/65_export.ipynb #5afe6501
-def facts(path: Path # a JSON file of a run
-         ) -> dict:
-    "The JSON object in `path`; anything else is refused."
-    found = load_json(path)
-    if isinstance(found, dict): return found
-    raise DomainMixError(f"{path} holds no JSON object", "delete it and do the run again: it will be rebuilt")
-
 def part_of(found: dict, name: str) -> dict:
     "The JSON object that `found` has under `name`; empty where it is none."
     return part if isinstance(part := found.get(name), dict) else {}
@@ -247,7 +240,7 @@ def learned_from(folder: Path # of a stage
     todo, seals = [folder.name], {}
     while todo:
         name = todo.pop()
-        seals[name] = facts(folder.parent/name/"stage.json")
+        seals[name] = load_dict(folder.parent/name/"stage.json")
         if out := [n for n in part_of(seals[name], "after") if leads_out(n)]:
             raise DomainMixError(f"{folder.parent/name}/stage.json names {out[0]!r} as what it came from, which lies outside the run", "this is no folder that a run has left: do the run again")
         todo += [n for n in part_of(seals[name], "after") if n not in seals]
@@ -295,7 +288,7 @@ def card_metrics(path: Path,       # the network's file
     "What was measured on this network, as fractions; None where nothing was."
     found = row_of(path, home)
     if (home/"metrics.json").is_file():
-        result = facts(home/"metrics.json")
+        result = load_dict(home/"metrics.json")
         found = part_of(part_of(result, "stages"), path.parent.name)
         if find_net(home).samefile(path): found = {k: v for k, v in result.items() if k != "stages"}
     if not found: return None
@@ -309,7 +302,7 @@ def card_settings(path: Path,        # the network's file
                  ) -> dict:
     "The settings of the run; of one of a table, with its own method and seed."
     settings = kept_settings(config)
-    if table: settings |= {"method": (row_of(path, home) or {}).get("method"), "seed": part_of(facts(path.parent/"stage.json"), "settings").get("seed")}
+    if table: settings |= {"method": (row_of(path, home) or {}).get("method"), "seed": part_of(load_dict(path.parent/"stage.json"), "settings").get("seed")}
     return settings
 
 # %% ../nbs/65_export.ipynb #7d696ad2

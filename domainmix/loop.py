@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SHORT', 'BEFORE', 'T', 'lr_schedule', 'set_lr', 'adam', 'averaged', 'diverged', 'Meter', 'differences', 'write_lines',
            'save_checkpoint', 'forget_checkpoints', 'load_checkpoint', 'weights_key', 'data_key', 'Saved', 'Epochs',
-           'Run', 'place', 'take', 'ahead', 'embed_images', 'class_means']
+           'Run', 'place', 'take', 'ahead', 'loaded', 'embed_images', 'class_means']
 
 # %% ../nbs/23_loop.ipynb #612a76a7
+import itertools
 import json
 import math
 import os
@@ -391,6 +392,17 @@ def ahead(
             if error is not None: raise error
             yield item
     finally: ended.set()
+
+# %% ../nbs/23_loop.ipynb #61495862
+def loaded(
+    draws: Iterable[tuple],       # what is to be in each batch
+    load: Callable[..., T],       # a draw's parts -> the batch
+    done: int = 0,                # so many draws have been used, and are not loaded
+    streamed: bool = False,       # does a batch travel from the host to a GPU?
+) -> Iterator[T]:
+    "The batches of a stream of draws; streamed ones are made ahead."
+    batches = itertools.starmap(load, itertools.islice(draws, done, None))
+    return ahead(batches) if streamed else batches
 
 # %% ../nbs/23_loop.ipynb #d219520b
 @torch.no_grad()

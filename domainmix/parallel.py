@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'start', 'same_kind', 'everyone', 'once', 'first', 'any_of', 'divided', 'share', 'sum_over', 'gathered',
-           'mean_over', 'mean_gradients', 'stretch', 'joined', 'AcrossBatchNorm', 'level']
+           'mean_over', 'mean_gradients', 'stretch', 'joined', 'update_running', 'AcrossBatchNorm', 'level']
 
 # %% ../nbs/05_parallel.ipynb #edff7ba7
 import os
@@ -191,6 +191,17 @@ def joined(
     return torch.cat([part[:n * (r + 1) // of - n * r // of] for r, part in enumerate(all_rows)])
 
 # %% ../nbs/05_parallel.ipynb #adc1d116
+def update_running(
+    bn: nn.modules.batchnorm._BatchNorm,
+    mean: Tensor, var: Tensor,  # (C,) of one batch, the variance unbiased
+) -> None:
+    "Move the running statistics of `bn` towards those of one batch."
+    bn.num_batches_tracked += 1
+    rate = bn.momentum if bn.momentum is not None else 1 / float(bn.num_batches_tracked)
+    bn.running_mean.lerp_(mean, rate)
+    bn.running_var.lerp_(var, rate)
+
+
 class AcrossBatchNorm(nn.modules.batchnorm._BatchNorm):
     "Batch normalisation of vectors or maps over the batches of all processes, which are equally large."
     def _check_input_dim(self, x: Tensor) -> None: pass
@@ -199,14 +210,10 @@ class AcrossBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training: return super().forward(x)
         dims, shape = [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)
         n = x.numel() // x.shape[1] * ranks()[1]
-        y = x.float()
-        y = y - (sum_over(y.sum(dims)) / n).view(shape)
+        mean = sum_over(x.float().sum(dims)) / n
+        y = x.float() - mean.view(shape)
         var = sum_over(y.square().sum(dims)) / n
-        with torch.no_grad(): mean = mean_over(x.float().mean(dims))
-        self.num_batches_tracked += 1
-        rate = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean, rate)
-        self.running_var.lerp_(var.detach() * n / max(n - 1, 1), rate)
+        update_running(self, mean.detach(), var.detach() * n / max(n - 1, 1))
         return (y * (self.weight * (var + self.eps).rsqrt()).view(shape) + self.bias.view(shape)).to(x.dtype)
 
 # %% ../nbs/05_parallel.ipynb #69395d10

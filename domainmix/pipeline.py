@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/60_pipeline.ipynb #8ef20937
 from . import __version__
-from .core import (DomainMixError, Log, Terminated, about_weights, fingerprint, from_dict, generator, load_arrays, load_json,
+from .core import (DomainMixError, Log, Terminated, about_weights, fingerprint, from_dict, generator, load_json,
                             load_weights, locked, pick_device, plain, ranks, reading, save_json, save_weights, terminable, to_dict, with_overrides,
                             write_atomic)
 from .parallel import first, once, start

@@ -7,7 +7,6 @@ __all__ = ['SpCLConfig', 'class_scores', 'rounds', 'remember', 'Labels', 'Memory
            'look_as', 'group', 'regroup', 'draws', 'Mixture', 'fill', 'epoch_line', 'contrast', 'run_key', 'adapt']
 
 # %% ../nbs/32_spcl.ipynb #fd9c4364
-import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from .backbone import DomainBatchNorm, ReIDNet, from_domain_bn, set_bn_domain, to_domain_bn, to_ghost_bn
 from .batches import AugmentConfig, PKSampler, Pile, TrainSet, augment, draw
 from .core import DomainMixError, autocast, from_dict, generator, pick_device, to_dict
-from .loop import Run, adam, ahead, class_means, data_key, embed_images, lr_schedule, place, set_lr, take, weights_key
+from .loop import Run, adam, class_means, data_key, embed_images, loaded, lr_schedule, place, set_lr, take, weights_key
 from .parallel import divided, gathered, mean_gradients, once, share
 from .knn import camera_centre
 from .pseudolabel import ClusterConfig, Clusters, alone, assign, cluster, label_quality
@@ -250,9 +249,7 @@ class Mixture:
             rows = [self.n_synthetic + index[-1]]
             if self.synthetic is not None: rows = [self.synthetic.label[index[0]], *rows]
             return image.contiguous(memory_format=torch.channels_last), torch.cat(rows).to(self.device)
-        made = itertools.starmap(load, itertools.islice(draws(self, label, pick, alter), done, None))
-        streamed = self.device.type == "cuda" and any(x.device.type == "cpu" for x in self.images)
-        return ahead(made) if streamed else made
+        return loaded(draws(self, label, pick, alter), load, done, streamed=any(x.device.type != self.device.type for x in self.images))
 
     def terms(self, each: Tensor) -> dict[str, Tensor]:
         "The losses of a batch's images as a mean for each domain."

@@ -8,7 +8,6 @@ __all__ = ['DOMAIN_LOSSES', 'TrainConfig', 'DomainConfig', 'discriminates', 'pla
            'Trained', 'run_key', 'finished', 'train', 'train_invariant']
 
 # %% ../nbs/40_trainer.ipynb #198e1939
-import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -24,7 +23,7 @@ from .backbone import ReIDNet, from_domain_bn, to_ghost_bn
 from .batches import AugmentConfig, PKSampler, TrainSet, augment, draw, normalise
 from .core import DomainMixError, autocast, fingerprint, from_dict, generator, pick_device, to_dict
 from .discriminator import Discriminator
-from .loop import (Run, adam, ahead, averaged, class_means, data_key, embed_images, lr_schedule, place, set_lr, take,
+from .loop import (Run, adam, averaged, class_means, data_key, embed_images, loaded, lr_schedule, place, set_lr, take,
                             weights_key)
 from .losses import discrimination_loss, domain_balance_loss, id_loss, kl_uniform_loss, triplet_loss
 from .parallel import divided, gathered, mean_gradients, share
@@ -124,8 +123,7 @@ class Feed:
             image = augment(take(self.images, index, self.device), self.augment, share(numbers, views))
             index = index.to(self.device)
             return image.contiguous(memory_format=torch.channels_last), self.label[index], self.domain[index]
-        batches = itertools.starmap(load, itertools.islice(self.draws(epoch, player, views), done, None))
-        return ahead(batches) if self.images.device != self.label.device else batches
+        return loaded(self.draws(epoch, player, views), load, done, streamed=self.images.device != self.label.device)
 
 # %% ../nbs/40_trainer.ipynb #b5a601ac
 def mean_features(

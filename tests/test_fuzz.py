@@ -30,7 +30,7 @@ from PIL import Image
 from domainmix import batches, core, data, export, loop, pipeline, pseudolabel, results, tables, viz, widgets
 from domainmix.backbone import BackboneConfig, build_backbone
 from domainmix.batches import load_images
-from domainmix.core import DomainMixError, fails, load_json, save_arrays, save_json, save_weights, to_dict
+from domainmix.core import DomainMixError, fails, load_json, save_json, save_weights, to_dict
 from domainmix.data import read_dataset, read_folder, read_msmt17, write_market1501, write_msmt17
 
 TIMES = float(os.environ.get("DOMAINMIX_FUZZ", 1))

@@ -41,6 +41,13 @@ def ended(job, limit=300):
     return job.returncode, said
 
 
+def ends_well(job):
+    "What a job said that came to its end."
+    code, said = ended(job)
+    assert code == 0, said
+    return said
+
+
 def when(job, home, stage, epochs):
     "Wait until a stage has done so many epochs."
     deadline = time.time() + 200
@@ -79,8 +86,7 @@ def agree(one, other):
 def alone(start):
     "The run on a single process."
     job, home = start("alone", 1)
-    code, said = ended(job)
-    assert code == 0, said
+    ends_well(job)
     return home
 
 
@@ -98,8 +104,7 @@ longer = pytest.mark.skipif(not os.environ.get("DOMAINMIX_SLOW"), reason="a long
 @longer
 def test_two_processes_find_what_one_finds(start, alone):
     job, home = start("two", 2)
-    code, said = ended(job)
-    assert code == 0, said
+    said = ends_well(job)
     the_same_but_sooner(home, alone, said)
     losses = [[r["loss"] for r in load_jsonl(h/"log.jsonl") if r["run"] == "stage2"] for h in (home, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
@@ -113,8 +118,7 @@ def test_two_processes_asked_to_end(start, alone):
     code, said = ended(job)
     assert code != 0 and (home/"stage1").is_dir() and not (home/"metrics.json").exists(), said
     job, _ = start("asked", 2)
-    code, said = ended(job)
-    assert code == 0, said
+    said = ends_well(job)
     the_same_but_sooner(home, alone, said)
 
 
@@ -127,6 +131,5 @@ def test_one_of_two_processes_dies_and_one_goes_on(start, alone):
     code, said = ended(job)
     assert code != 0 and (home/"stage2").is_dir() and not (home/"metrics.json").exists(), said
     job, _ = start("struck", 1)
-    code, said = ended(job)
-    assert code == 0, said
+    said = ends_well(job)
     the_same_but_sooner(home, alone, said)

@@ -29,15 +29,17 @@ def start(root, name, processes):
 
 
 def strike(job, seconds, how):
-    "Wait, and strike all processes of a job; its exit code and last words."
+    "Wait, and strike all processes of a job; was it struck, its exit code and last words."
+    struck = False
     try: _, said = job.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        struck = True
         os.killpg(job.pid, how)
         try: _, said = job.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             os.killpg(job.pid, signal.SIGKILL)
             _, said = job.communicate()
-    return job.returncode, said[-2000:]
+    return struck, job.returncode, said[-2000:]
 
 
 def state(home):
@@ -61,7 +63,7 @@ def main():
     args = p.parse_args()
     moment, root = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="domainmix-stress-"))
     began = time.time()
-    code, said = strike(start(root, "undisturbed", args.processes), 3600, signal.SIGKILL)
+    _, code, said = strike(start(root, "undisturbed", args.processes), 3600, signal.SIGKILL)
     if code: sys.exit(f"the undisturbed run failed:\n{said}")
     whole, right = time.time() - began, load_json(root/"runs/undisturbed/metrics.json")
     print(f"undisturbed: {whole:.0f} s", flush=True)
@@ -69,7 +71,7 @@ def main():
     while struck < args.kills or name:
         how = moment.choice([signal.SIGKILL, signal.SIGTERM])
         seconds = moment.uniform(0, whole) if struck < args.kills else 3600
-        code, said = strike(start(root, name, args.processes), seconds, how)
+        hit, code, said = strike(start(root, name, args.processes), seconds, how)
         home = root/"runs"/name
         if code == 0:
             there = load_json(home/"metrics.json")
@@ -78,7 +80,8 @@ def main():
             print(f"  {name} finished, its metrics are those of the undisturbed run", flush=True)
             name = f"struck{finished}" if struck < args.kills else None
             continue
-        if "Traceback" in said and how == signal.SIGKILL and args.processes == 1 or "error: " in said and "process" not in said: sys.exit(f"{home} did not go on:\n{said}")
+        ends = (-how, 143) if args.processes == 1 else (code,)        # torchrun has codes of its own
+        if not hit or code not in ends: sys.exit(f"{home} did not go on, exit code {code}:\n{said}")
         struck += 1
         print(f"{struck:>4}  {how.name} after {seconds:4.1f} s  {state(home)}", flush=True)
     print(f"{struck} blows, {finished} runs finished, every one as if undisturbed")
