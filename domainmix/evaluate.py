@@ -19,7 +19,7 @@ from .core import DomainMixError, compiled, generator, pick_device
 from .parallel import once
 from .data import Records
 from .batches import Pile
-from .knn import true_products, unit
+from .knn import products, true_products, unit
 from .loop import embed_images
 from .rerank import Rerank, reranked
 
@@ -142,7 +142,7 @@ def rank(query: torch.Tensor | np.ndarray,     # (Q, D) features; where they lie
     if not known.all(): gallery, g_camera, g_pid = gallery[known], g_camera[known], g_pid[known]
     if not torch.isin(q_pid, g_pid).any(): return _means(*np.zeros((4, len(query))), topk)      # says that nobody can be found
     pids, order = g_pid.sort()
-    distances = reranked(query, gallery, rerank) if rerank else lambda part: (query[part] @ gallery.T).neg_()
+    distances = reranked(query, gallery, rerank) if rerank else lambda part: products(query[part], gallery).neg_()
     ap, trapezoid, inp, first = (torch.zeros(len(query), dtype=torch.float64, device=query.device) for _ in range(4))
     for part in torch.arange(len(query), device=query.device).split(chunk or max(1, 2**22 // max(1, len(g_pid)))):
         if not torch.isin(q_pid[part], pids).any(): continue
@@ -189,7 +189,7 @@ def ranked_list(query: torch.Tensor | np.ndarray,     # (Q, D) features
     query, gallery, q_pid, q_camera, g_pid, g_camera = _inputs(query, gallery, query_pid, gallery_pid, query_camera, gallery_camera)
     parts = []
     for q, p, c in zip(*(t.split(max(1, 2**22 // len(gallery))) for t in (query, q_pid, q_camera))):
-        with true_products(query.device): s = q @ gallery.T
+        with true_products(query.device): s = products(q, gallery)
         same = p[:, None] == g_pid
         junk = (g_pid < 0) | (same & (c[:, None] == g_camera) & (c[:, None] >= 0))
         s, at = (s if with_junk else s.masked_fill(junk, -torch.inf)).topk(min(topk, len(gallery)))

@@ -12,7 +12,7 @@ import numpy as np, torch
 
 # %% ../nbs/33_rerank.ipynb #d067a374
 from .core import DomainMixError
-from .knn import knn, true_products, unit
+from .knn import knn, products, true_products, unit
 from .neighbours import Meetings, encode, expand, query_expansion, reciprocal
 
 # %% ../nbs/33_rerank.ipynb #07324d62
@@ -32,7 +32,7 @@ def furthest(x: torch.Tensor # (N, D) unit rows
             ) -> torch.Tensor:
     "The largest squared distance of each row to any (N,)."
     with true_products(x.device):
-        return torch.cat([2 - 2*(part @ x.T).amin(1) for part in x.split(max(16, 2**22 // len(x)))])
+        return torch.cat([2 - 2*products(part, x).amin(1) for part in x.split(max(16, 2**22 // len(x)))])
 
 # %% ../nbs/33_rerank.ipynb #8a522266
 def reranked(query: torch.Tensor,   # (Q, D) features
@@ -51,7 +51,7 @@ def reranked(query: torch.Tensor,   # (Q, D) features
         i, j, s = sums(first, last)
         own = j >= n
         i, j, s = (torch.from_numpy(a[own]).to(x.device) for a in (i.astype(np.int64) - first, j.astype(np.int64) - n, s))
-        distance = (query[part] @ gallery.T).mul_(-2).add_(2).div_(far[part][:, None]).mul_(config.weight).add_(1 - config.weight)
+        distance = products(query[part], gallery).mul_(-2).add_(2).div_(far[part][:, None]).mul_(config.weight).add_(1 - config.weight)
         distance.index_put_((i, j), (config.weight - 1)*s/(2 - s), accumulate=True)     # 1 - s/(2 - s) in place of 1
         return distance
     return distances
