@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNN_METHODS', 'clouds', 'unit', 'camera_centre', 'true_products', 'products', 'best_by_rows', 'offer',
-           'best_symmetric', 'multiply_pairs', 'pair_products', 'centred', 'in_bf16', 'in_int8', 'main_directions',
+           'best_symmetric', 'multiply_pairs', 'pair_products', 'centre', 'in_bf16', 'in_int8', 'main_directions',
            'in_fewer_dimensions', 'exact_products', 'certified', 'knn']
 
 # %% ../nbs/29_knn.ipynb #ad68f5e2
@@ -187,65 +187,74 @@ def pair_products(x: torch.Tensor, # (N, D)
     return torch.from_numpy(out)
 
 # %% ../nbs/29_knn.ipynb #5aaebe9f
-def centred(x: torch.Tensor # (N, D)
-           ) -> tuple[torch.Tensor, torch.Tensor]:
-    "c (N, D) and b (N,) with x[i] . x[j] = c[i] . c[j] + b[i] + b[j]."
+def centre(x: torch.Tensor # (N, D)
+          ) -> tuple[torch.Tensor, torch.Tensor]:
+    "mu (D,) and b (N,) with x[i] . x[j] = (x[i] - mu) . (x[j] - mu) + b[i] + b[j]."
     mean = x.mean(0)
-    c = x - mean
-    return c, c @ mean + mean @ mean / 2
+    return mean, x @ mean - mean @ mean / 2
 
 def _slack(size: torch.Tensor, dim: int) -> torch.Tensor:
     "What the sums in fp32 can be off, of rows of length `size` (N,)."
     return (dim + 8) * 2.**-24 * (size + 1) * (size.max() + 1)
 
-def _norms(c: torch.Tensor, other: Callable) -> torch.Tensor:
-    "Lengths (N, 3): of each row, of what `other` makes of some rows at a time, and of what that loses."
+def _in_parts(x: torch.Tensor, # (N, D)
+              mean: torch.Tensor,
+              low: torch.Tensor,     # (N, d), written
+              make: Callable         # some rows less the mean -> (they as they are compared, what `low` holds, what that stands for)
+             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Lengths (N,) of each row, of what stands for it, and of what that loses; no whole copy is made, a part stays in the cache."
     parts = []
-    for part in c.split(4096):
-        kept = other(part)
-        parts.append(torch.stack([v.norm(dim=1) for v in (part, kept, part - kept)], 1))
-    return torch.cat(parts)
+    for i in range(0, len(x), 512):
+        c, low[i:i+512], kept = make(x[i:i+512] - mean)
+        parts.append(torch.stack([v.norm(dim=1) for v in (c, kept, c - kept)]))
+    return torch.cat(parts, 1)
 
-def in_bf16(c: torch.Tensor # (N, D)
+# %% ../nbs/29_knn.ipynb #39f2f822
+def in_bf16(x: torch.Tensor,   # (N, D)
+            mean: torch.Tensor # (D,)
            ) -> tuple[torch.Tensor, torch.Tensor]:
-    "`c` in bf16, and by how much the products of each row may be off (N,)."
-    size, rounded, lost = _norms(c, lambda part: part.bfloat16().float()).T
-    off = lost*rounded.max() + size*lost.max() + 2.**-8*rounded*rounded.max()   # the last: the product's own rounding
-    return c.bfloat16(), off + _slack(size, c.shape[1])
+    "`x` less `mean` in bf16, and by how much the products of each row may be off (N,)."
+    low = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    size, kept, lost = _in_parts(x, mean, low, lambda c: (c, c.bfloat16(), c.bfloat16().float()))
+    off = lost*kept.max() + size*lost.max() + 2.**-8*kept*kept.max()   # the last: the product's own rounding
+    return low, off + _slack(size, x.shape[1])
 
-def in_int8(c: torch.Tensor # (N, D)
+def in_int8(x: torch.Tensor,   # (N, D)
+            mean: torch.Tensor # (D,)
            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "`c` turned and in int8, by how much the products of each row may be off (N,), and the length of each row's steps (N,)."
-    turn = torch.linalg.qr(torch.randn(64, 64, generator=generator(0, "turn"), dtype=torch.float64)).Q.float().to(c.device)
-    low = torch.empty(len(c), -(-c.shape[1] // 64) * 64, dtype=torch.int8, device=c.device)
-    numbers = torch.empty(4, len(c), device=c.device)
-    for at in torch.arange(len(c)).split(512):                 # few enough to stay in the cache
-        t = torch.nn.functional.pad(c[at[0]:at[-1]+1], (0, low.shape[1] - c.shape[1]))
-        t = (t.view(-1, 64) @ turn).view(t.shape)
-        step = (t.abs().amax(1, keepdim=True) / 127).clamp_(min=1e-12)
-        q = (t / step).round_()
-        low[at[0]:at[-1]+1] = q
-        q.mul_(step)
-        numbers[:, at] = torch.stack([step[:, 0], t.norm(dim=1), q.norm(dim=1), t.sub_(q).norm(dim=1)])
-    step, size, kept, lost = numbers
-    return low, lost*kept.max() + size*lost.max() + _slack(size, c.shape[1] + 256), step    # 256: the turn rounds too
+    "`x` less `mean`, turned and in int8, by how much the products of each row may be off (N,), and the length of each row's steps (N,)."
+    turn = torch.linalg.qr(torch.randn(64, 64, generator=generator(0, "turn"), dtype=torch.float64)).Q.float().to(x.device)
+    low = torch.empty(len(x), -(-x.shape[1] // 64) * 64, dtype=torch.int8, device=x.device)
+    steps = []
+    def make(c):
+        c = torch.nn.functional.pad(c, (0, low.shape[1] - c.shape[1]))
+        c = (c.view(-1, 64) @ turn).view(c.shape)
+        step = (c.abs().amax(1, keepdim=True) / 127).clamp_(min=1e-12)
+        steps.append(step[:, 0])
+        whole = (c / step).round_()
+        return c, whole, whole * step
+    size, kept, lost = _in_parts(x, mean, low, make)
+    return low, lost*kept.max() + size*lost.max() + _slack(size, x.shape[1] + 256), torch.cat(steps)    # 256: the turn rounds too
 
 # %% ../nbs/29_knn.ipynb #42cff214
-def main_directions(c: torch.Tensor, # (N, D)
-                    dim: int         # how many
+def main_directions(x: torch.Tensor,    # (N, D)
+                    mean: torch.Tensor, # (D,)
+                    dim: int            # how many
                    ) -> torch.Tensor:
-    "An orthonormal basis (D, dim) of the main directions of some of the rows, by subspace iteration."
-    some = c[torch.randperm(len(c), generator=generator(0, "main directions"))[:8*dim].to(c.device)]
-    B = torch.randn(c.shape[1], dim, generator=generator(0, "start")).to(c.device)
+    "An orthonormal basis (D, dim) of the main directions of some of the rows less `mean`, by subspace iteration."
+    some = x[torch.randperm(len(x), generator=generator(0, "main directions"))[:8*dim].to(x.device)] - mean
+    B = torch.randn(x.shape[1], dim, generator=generator(0, "start")).to(x.device)
     for _ in range(3): B = torch.linalg.qr(some.T @ (some @ B)).Q
     return B
 
-def in_fewer_dimensions(c: torch.Tensor, # (N, D)
-                        B: torch.Tensor  # (D, d) orthonormal
+def in_fewer_dimensions(x: torch.Tensor,    # (N, D)
+                        mean: torch.Tensor, # (D,)
+                        B: torch.Tensor     # (D, d) orthonormal
                        ) -> tuple[torch.Tensor, torch.Tensor]:
-    "`c` in the basis `B`, and by how much the products of each row may be off (N,)."
-    size, _, lost = _norms(c, lambda part: part @ B @ B.T).T
-    return c @ B, lost*lost.max() + _slack(size, c.shape[1])
+    "`x` less `mean` in the basis `B`, and by how much the products of each row may be off (N,)."
+    low = torch.empty(len(x), B.shape[1], device=x.device)
+    size, _, lost = _in_parts(x, mean, low, lambda c: (c, c @ B, c @ B @ B.T))
+    return low, lost*lost.max() + _slack(size, x.shape[1])
 
 # %% ../nbs/29_knn.ipynb #68c92e39
 def exact_products(x: torch.Tensor,      # (N, D)
@@ -273,7 +282,7 @@ def exact_products(x: torch.Tensor,      # (N, D)
 def certified(x: torch.Tensor,    # (N, D) unit rows
               k: int,             # neighbours wanted
               low: torch.Tensor,  # (N, d) a cheap stand-in for the centred features
-              bias: torch.Tensor, # (N,) what `centred` gives
+              bias: torch.Tensor, # (N,) what `centre` gives
               off: torch.Tensor | None, # (N,) by how much the products of `low` may be off; None: no proof is asked for
               best,               # `best_by_rows` or `best_symmetric`
               scale: torch.Tensor | None = None # (N,) how long a step of `low` is
@@ -320,10 +329,10 @@ def knn(features: torch.Tensor | np.ndarray, # (N, D); where they lie on a GPU, 
     with true_products(x.device):
         if method == "fp32": similarity, rank = best(x, k)
         else:
-            c, bias = centred(x)
-            low, off, *step = in_bf16(c) if method == "bf16" else in_int8(c) if method == "int8" else (c @ main_directions(c, max(1, x.shape[1] // 8)), None)
-            del c
-            similarity, rank, _ = certified(x, k, low, bias, off, best, *step)
+            mean, bias = centre(x)
+            if method == "pca": low, off, *scale = (x - mean) @ main_directions(x, mean, max(1, x.shape[1] // 8)), None
+            else: low, off, *scale = (in_int8 if method == "int8" else in_bf16)(x, mean)
+            similarity, rank, _ = certified(x, k, low, bias, off, best, *scale)
     return rank.cpu().numpy(), similarity.cpu().numpy()
 
 def _by_faiss(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
