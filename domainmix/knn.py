@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KNN_METHODS', 'clouds', 'unit', 'camera_centre', 'true_products', 'products', 'best_by_rows', 'offer',
            'best_symmetric', 'multiply_pairs', 'pair_products', 'centre', 'in_bf16', 'in_int8', 'main_directions',
-           'in_fewer_dimensions', 'exact_products', 'certified', 'knn']
+           'in_fewer_dimensions', 'exact_products', 'list_length', 'certified', 'knn']
 
 # %% ../nbs/29_knn.ipynb #ad68f5e2
-import contextlib
+import contextlib, functools
 from typing import Callable
 import numpy as np, torch
 from tqdm.auto import tqdm
@@ -219,16 +219,24 @@ def in_bf16(x: torch.Tensor,   # (N, D)
     off = lost*kept.max() + size*lost.max() + 2.**-8*kept*kept.max()   # the last: the product's own rounding
     return low, off + _slack(size, x.shape[1])
 
+# %% ../nbs/29_knn.ipynb #8a475bdf
+@functools.cache
+def _rotation() -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(64, 64, generator=generator(0, "turn"), dtype=torch.float64)).Q.float()
+
+def _turn(x: torch.Tensor # (N, D)
+         ) -> torch.Tensor:
+    "`x` (N, D up to the next 64), each 64 numbers of a row turned by the same rotation."
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % 64))
+    return (x.view(-1, 64) @ _rotation().to(x.device)).view(x.shape)
+
 def in_int8(x: torch.Tensor,   # (N, D)
             mean: torch.Tensor # (D,)
            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "`x` less `mean`, turned and in int8, by how much the products of each row may be off (N,), and the length of each row's steps (N,)."
-    turn = torch.linalg.qr(torch.randn(64, 64, generator=generator(0, "turn"), dtype=torch.float64)).Q.float().to(x.device)
-    low = torch.empty(len(x), -(-x.shape[1] // 64) * 64, dtype=torch.int8, device=x.device)
-    steps = []
+    low, steps = torch.empty(len(x), x.shape[1] + -x.shape[1] % 64, dtype=torch.int8, device=x.device), []
     def make(c):
-        c = torch.nn.functional.pad(c, (0, low.shape[1] - c.shape[1]))
-        c = (c.view(-1, 64) @ turn).view(c.shape)
+        c = _turn(c)
         step = (c.abs().amax(1, keepdim=True) / 127).clamp_(min=1e-12)
         steps.append(step[:, 0])
         whole = (c / step).round_()
@@ -246,7 +254,6 @@ def main_directions(x: torch.Tensor,    # (N, D)
     B = torch.randn(x.shape[1], dim, generator=generator(0, "start")).to(x.device)
     for _ in range(3): B = torch.linalg.qr(some.T @ (some @ B)).Q
     return B
-
 def in_fewer_dimensions(x: torch.Tensor,    # (N, D)
                         mean: torch.Tensor, # (D,)
                         B: torch.Tensor     # (D, d) orthonormal
@@ -279,6 +286,17 @@ def exact_products(x: torch.Tensor,      # (N, D)
     return out
 
 # %% ../nbs/29_knn.ipynb #53138281
+def list_length(x: torch.Tensor,   # (N, D) unit rows
+                k: int,            # neighbours wanted
+                off: torch.Tensor, # (N,) by how much a cheap product may be off
+                some: int = 64     # rows to look at
+               ) -> int:
+    "How many candidates prove the `k` best of nearly all rows: those within `off` of the last, as some rows have them."
+    rows = torch.randperm(len(x), generator=generator(0, "some rows"))[:some].to(x.device)
+    S = products(x[rows], x)
+    return int((S > (S.topk(k).values[:, -1] - off[rows])[:, None]).sum(1).max()) + 4
+
+# %% ../nbs/29_knn.ipynb #2ef7cfc9
 def certified(x: torch.Tensor,    # (N, D) unit rows
               k: int,             # neighbours wanted
               low: torch.Tensor,  # (N, d) a cheap stand-in for the centred features
@@ -288,16 +306,19 @@ def certified(x: torch.Tensor,    # (N, D) unit rows
               scale: torch.Tensor | None = None # (N,) how long a step of `low` is
              ) -> tuple[torch.Tensor, torch.Tensor, int]:
     "The `k` best products and columns of each row, proven to be exact, and how many rows had to be done in full."
-    n, m = len(x), min(len(x), 2*k + 4)
-    everyone = torch.arange(n, device=x.device)
-    rough, column = best(low, m, bias=bias, scale=scale)
-    wanted = None if off is None else rough >= (rough[:, k-1] - 2*off)[:, None]     # what may be among the best
-    value, order = exact_products(x, everyone, column, wanted).topk(k)
-    column = column.gather(1, order)
-    if m == n or off is None: return value, column, 0
-    again = (value[:, -1] <= rough[:, -1] + off).nonzero()[:, 0]
+    n, everyone = len(x), torch.arange(len(x), device=x.device)
+    m = min(n, 2*k + 4 if off is None else list_length(x, k, off))
+    again = everyone
+    if m <= 8*k:
+        rough, column = best(low, m, bias=bias, scale=scale)
+        wanted = None if off is None else rough >= (rough[:, k-1] - 2*off)[:, None]     # what may be among the best
+        value, order = exact_products(x, everyone, column, wanted).topk(k)
+        column = column.gather(1, order)
+        if m == n or off is None: return value, column, 0
+        again = (value[:, -1] <= rough[:, -1] + off).nonzero()[:, 0]
     if len(again) > n/4:                      # the cheap product decides too little: each pair once, in full, is less work
         column, again = best(x, k)[1], everyone
+        value = torch.empty(column.shape, device=x.device)
     elif len(again): column[again] = best_by_rows(x, k, again)[1]
     if len(again):                            # one way to multiply for all rows, so that s_ij is s_ji
         value[again], order = exact_products(x, again, column[again]).sort(1, descending=True)
