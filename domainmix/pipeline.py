@@ -7,12 +7,12 @@ __all__ = ['PAPER', 'TRAININGS', 'DOWN', 'CLUSTERING', 'SMALL', 'PRESETS', 'METH
            'APART', 'HOUSE', 'COLUMNS', 'SCORES', 'PAIRS', 'DEMO', 'DEMO_SEEDS', 'RunConfig', 'one_of', 'settings_of',
            'configure', 'Method', 'plain_name', 'specs', 'checked', 'Stage', 'cached', 'Part', 'joined', 'Inputs',
            'decode', 'open_set', 'split_target', 'usable', 'whole', 'read_inputs', 'keep_net', 'load_net', 'fresh_net',
-           'stage0', 'stage1', 'taken_apart', 'refined', 'choose_labels', 'mixture', 'stage2', 'stage3', 'as_used',
-           'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned', 'progress', 'changed_images', 'claim',
-           'label_statistics', 'scores', 'metrics', 'load_config', 'describe', 'run', 'run_folder', 'result_text',
-           'labels_text', 'label', 'find_net', 'open_net', 'home_of', 'run_of', 'evaluate_model', 'embed',
-           'write_features', 'quoted', 'row', 'table', 'cell', 'table_text', 'gains_text', 'demo', 'value',
-           'report_errors', 'main']
+           'stage0', 'stage1', 'taken_apart', 'sealed_features', 'clustered', 'refined', 'choose_labels', 'mixture',
+           'stage2', 'stage3', 'as_used', 'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned',
+           'progress', 'changed_images', 'claim', 'label_statistics', 'scores', 'metrics', 'load_config', 'describe',
+           'run', 'run_folder', 'result_text', 'labels_text', 'label', 'find_net', 'open_net', 'home_of', 'run_of',
+           'evaluate_model', 'embed', 'write_features', 'quoted', 'row', 'table', 'cell', 'table_text', 'gains_text',
+           'demo', 'value', 'report_errors', 'main']
 
 # %% ../nbs/60_pipeline.ipynb #016bb67f
 import argparse, contextlib, difflib, errno, json, os, shutil, sys, time, warnings
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/60_pipeline.ipynb #8ef20937
 from . import __version__
-from .core import (DomainMixError, Log, Terminated, about_weights, fingerprint, from_dict, generator, load_json,
+from .core import (DomainMixError, Log, Terminated, about_weights, fingerprint, from_dict, generator, load_dict, load_json,
                             load_weights, locked, pick_device, plain, ranks, reading, save_json, save_weights, terminable, to_dict, with_overrides,
                             write_atomic)
 from .parallel import first, once, start
@@ -33,7 +33,7 @@ from .world import WorldConfig
 from .data import DataSet, Records, read_dataset, relabel, write_world
 from .batches import Pile, TrainSet, decoded, shifted, train_set, union
 from .backbone import BackboneConfig, ReIDNet, build_backbone, load_backbone
-from .loop import differences, forget_checkpoints
+from .loop import differences, embed_images, forget_checkpoints
 from .pseudolabel import PseudoLabels, alone, label_quality, load_labels, pseudo_labels, refine, save_labels
 from .spcl import SpCLConfig
 from .trainer import DomainConfig, TrainConfig, train, train_invariant
@@ -242,7 +242,8 @@ def cached(stage: Stage # the step to do, or to find done
     except DomainMixError as e:
         raise e if stage.name in e.what else DomainMixError(f"{stage.name}: {e.what}", e.remedy) from e
     def end():
-        save_json(seal, {**about, "finished": True, "seconds": round(time.time() - began, 1)})
+        tables = {p.name: fingerprint(np.load(p, mmap_mode="r")) for p in stage.folder.glob("*.npy")}     # they have no checksum of their own
+        save_json(seal, {**about, "finished": True, "seconds": round(time.time() - began, 1), "digests": tables})
         forget_checkpoints(stage.folder)                # the loop's own state has served
     once(end)
     return True
@@ -418,6 +419,41 @@ def taken_apart(label: np.ndarray, # int64 (N,), -1 where there is none
     "The labels with no class in two domains."
     pair = np.where(label >= 0, label*(source.max() + 1) + source, -1)
     return relabel(pair)
+
+# %% ../nbs/60_pipeline.ipynb #2f9b79e8
+def sealed_features(folder: Path) -> np.ndarray:
+    "The features.npy of a finished stage, if it is what the seal says; one of an older version says nothing."
+    file, seal = folder/"features.npy", load_dict(folder/"stage.json")
+    with reading(file):
+        try: found = np.load(file, mmap_mode="r")       # as a map: a header asks for no memory
+        except Exception as e: raise ValueError(str(e)) from e
+        if not isinstance(found, np.memmap) or found.dtype != np.float32 or found.ndim != 2: raise ValueError("it holds no table of features")
+        said = seal.get("digests", {}).get(file.name) if isinstance(seal.get("digests", {}), dict) else None
+        if said not in (None, fingerprint(found)): raise ValueError("it has changed since it was written")
+        if not np.isfinite(found).all(): raise ValueError("some features are no numbers")
+        return np.array(found, order="C")
+
+def clustered(folder: str | Path,  # of stage 1, finished
+              images: Callable[[], torch.Tensor | Pile], # gives the real images, where they are needed
+              device: str = "auto" # where they are embedded
+             ) -> np.ndarray:      # float32 (N, D)
+    "The features that stage 1 clustered last; a damaged table of them is made again."
+    folder = Path(folder)
+    try: return sealed_features(folder)
+    except DomainMixError as e: damage = e
+    seal = load_dict(folder/"stage.json")
+    try:
+        settings = seal.get("settings") if isinstance(seal.get("settings"), dict) else {}
+        kind = next((k for k in LABELLERS if k in settings), None)
+        if kind in (None, "mmt"): raise DomainMixError("its network alone does not make it", f"delete {folder} and run the stage again")
+        how, on = from_dict(LABELLERS[kind][0], settings[kind]), pick_device(device)
+        found = embed_images(load_net(folder)[0].to(on), images(), on, flip=how.flip, precision=how.precision, feature=how.label_feature).cpu().numpy()
+    except DomainMixError as e: raise DomainMixError(f"{damage.what}, and is not made again: {e.what}", e.remedy) from e
+    warnings.warn(f"{damage.what}; it is made again by the network of its stage")
+    with contextlib.suppress(OSError):                  # a folder that is read-only is still looked at
+        write_atomic(folder/"features.npy", lambda p: np.save(p, found))
+        save_json(folder/"stage.json", {**seal, "digests": {"features.npy": fingerprint(found)}})
+    return found
 
 # %% ../nbs/60_pipeline.ipynb #414f5948
 def refined(config: RunConfig, start: Path, # folder of stage 1
@@ -617,7 +653,8 @@ def claim(home: Path,             # the run's folder
             + f"\n  its {', '.join(s for s in stale if '/' not in s) or 'scores'} would be done again"
             + (f", its {', '.join(kept)} kept" if kept else ""),
             "another name (--run), or the old settings; or --update, which redoes just those stages; or --fresh, which starts from nothing")
-    if not all(s.done for s in stages): (home/"metrics.json").unlink(missing_ok=True)
+    if not all(s.done for s in stages):
+        for result in ("metrics.json", "labels.json"): (home/result).unlink(missing_ok=True)
     save_json(home/"config.json", about)
 
 # %% ../nbs/60_pipeline.ipynb #4d2f7ab0
@@ -726,10 +763,11 @@ def label(config: RunConfig,     # `target` and the later stages are not used
         stages = [s for s in plan(config, inputs, home) if s.name in ("stage0", "stage1", "stage1/refined")]
         once(lambda: claim(home, describe(config, inputs), stages, update, fresh))
         with progress(stages, config.run) as do: do(stages)
-    folder = home/"stage1/refined"
-    sizes = np.bincount((raw := load_labels(folder/"labels.npz").before)[raw >= 0])
-    return {"table": str(folder/"labels.csv"), "sizes": sorted(sizes.tolist(), reverse=True),
-            **{kind: label_statistics(inputs, folder, kind) for kind in ("initial", "refined")}}
+        folder = home/"stage1/refined"
+        sizes = np.bincount((raw := load_labels(folder/"labels.npz").before)[raw >= 0])
+        found = {"sizes": sorted(sizes.tolist(), reverse=True), **{kind: label_statistics(inputs, folder, kind) for kind in ("initial", "refined")}}
+        save_json(home/"labels.json", found)
+    return {"table": str(folder/"labels.csv"), **found}
 
 # %% ../nbs/60_pipeline.ipynb #d264a123
 def find_net(model: str | Path,       # a .safetensors file, a stage's folder, a run's folder or a run's name
