@@ -125,8 +125,7 @@ class Learner:
         "A step down, and the average follows."
         set_lr(self.optimiser, lr)
         self.optimiser.zero_grad()
-        loss.backward()
-        mean_gradients(self.optimiser)
+        with mean_gradients(self.optimiser): loss.backward()
         self.optimiser.step()
         if self.average is not None: self.follow()
 

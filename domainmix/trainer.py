@@ -349,8 +349,7 @@ def train(
                 else:
                     loss, terms = backbone_loss(players.model, players.discriminator, image, label, domain, config, reversal)
                 for optimiser in learners: optimiser.zero_grad()
-                loss.backward()
-                mean_gradients(*learners)
+                with mean_gradients(*learners): loss.backward()
                 for optimiser in learners: optimiser.step()
                 if players.average and not discriminates: players.average.update_parameters(players.model)
                 run.add(len(label), **terms)
