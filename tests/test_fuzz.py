@@ -794,6 +794,7 @@ def network_right(file, right, height=32):
 
 @fuzz(40)
 @given(wounds)
+@example([("flip", .5, 0), ("head", .96875, b"\xc2\x80")])   # a weight, and the name of the fingerprint
 @example([("flip", .9, 3)])
 def test_weights_damaged(weights, how):
     file, right = weights
