@@ -169,7 +169,7 @@ class IBN(nn.Module):
 
     def _norm(self, x: Tensor, bn: _BatchNorm) -> Tensor:
         half = self.IN.num_features
-        if x.device.type != "cpu" or isinstance(bn, WholeBatchNorm):  # a GPU's own kernels for the two halves
+        if x.device.type != "cpu" or isinstance(bn, WholeBatchNorm) or not x.is_contiguous(memory_format=torch.channels_last):  # a GPU's own kernels for the two halves
             return torch.cat([self.IN(x[:, :half]), bn(x[:, half:])], 1)
         weight, bias = torch.cat([self.IN.weight, bn.weight]), torch.cat([self.IN.bias, bn.bias])
         if not bn.training:
@@ -301,6 +301,8 @@ class BackboneConfig:
 # %% ../nbs/20_backbone.ipynb #54392af9
 class ReIDNet(nn.Module):
     "A body, an average over horizontal stripes, and a BN neck."
+    layout = torch.channels_last   # of its maps; `loop.laid_out` chooses another
+
     def __init__(
         self,
         body: nn.Module,      # (B, 3, H, W) -> (B, C, h, w)
@@ -316,7 +318,7 @@ class ReIDNet(nn.Module):
         "(B, 3, H, W) -> the feature before and after the neck, each (B, S * C), one stripe after the other."
         if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
             raise DomainMixError(f"the images are {x.dtype} of shape {tuple(x.shape)}", "give normalised images, float (B, 3, H, W)")
-        maps = self.body(x.contiguous(memory_format=torch.channels_last))
+        maps = self.body(x.contiguous(memory_format=self.layout))
         if maps.shape[2] < self.stripes:
             raise DomainMixError(f"{self.stripes} stripes of a map of {maps.shape[2]} rows, from images of {x.shape[2]} rows", "use fewer stripes or taller images")
         raw = F.adaptive_avg_pool2d(maps, (self.stripes, 1)).float()[..., 0].mT.flatten(1)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .backbone import ReIDNet, from_domain_bn, to_ghost_bn
 from .batches import TrainSet
 from .core import DomainMixError, autocast, from_dict, generator, pick_device, ranks, to_dict
-from .loop import Run, adam, averaged, class_means, lr_schedule, set_lr, weights_key
+from .loop import Run, adam, averaged, class_means, laid_out, lr_schedule, set_lr, weights_key
 from .losses import hardest, id_loss, triplet_loss
 from .parallel import gathered, mean_gradients
 from .pseudolabel import ClusterConfig, Clusters
@@ -99,7 +99,7 @@ class Learner:
         net: ReIDNet, config: PlainConfig, device: torch.device, # to start from, copied; as of `adapt_plain`
     ):
         self.config, self.device = config, device
-        self.net = to_ghost_bn(net, config.samples_per_bn).to(device, memory_format=torch.channels_last)
+        self.net = laid_out(to_ghost_bn(net, config.samples_per_bn), device, config.channels_last)
         self.average = averaged(self.net, config.ema)
 
     @property
@@ -111,7 +111,7 @@ class Learner:
         else: rows = first_classifier(self.net, data, self.config, rng, self.device)
         self.model = Classifying(self.net, rows).to(self.device).train()
         self.average_classifier = averaged(self.model.classifier, self.config.ema)
-        self.optimiser = adam(self.model, self.config.lr, self.config.weight_decay)
+        self.optimiser = adam(self.model, self.config.lr, self.config.weight_decay, self.config.fused)
 
     @torch.no_grad()
     def teach(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,8 +125,7 @@ class Learner:
         "A step down, and the average follows."
         set_lr(self.optimiser, lr)
         self.optimiser.zero_grad()
-        loss.backward()
-        mean_gradients(self.optimiser)
+        with mean_gradients(self.optimiser): loss.backward()
         self.optimiser.step()
         if self.average is not None: self.follow()
 

@@ -16,7 +16,7 @@ import numpy as np, torch
 from .batches import normalise
 from .core import DomainMixError, fingerprint, generator, load_dict, load_json, load_jsonl, load_state, locked, reading, save_json, with_overrides, write_atomic
 from .evaluate import extract, rank, ranked_list
-from .pipeline import (METHODS, N_PROBE, Inputs, Part, RunConfig, Stage, as_used, checked, configure, load_config, load_net, plan, probing,
+from .pipeline import (METHODS, N_PROBE, Inputs, Part, RunConfig, Stage, as_used, checked, clustered, configure, load_config, load_net, plan, probing,
                                 read_inputs, run, run_folder, specs, stage3)
 from .pseudolabel import PseudoLabels, load_labels
 from .runs import find_run
@@ -160,7 +160,7 @@ def _labels(self: Results,
 
 def _clustered(self: Results, stage: str = "stage1") -> np.ndarray:
     "The features that stage 1 clustered last, (N, D)."
-    return read_features(self.stage(stage).folder/"features.npy")
+    return clustered(self.stage(stage).folder, lambda: self.part("real").images)
 
 def _log(self: Results) -> list[dict]:
     "Every epoch of every stage so far."

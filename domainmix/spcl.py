@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .backbone import DomainBatchNorm, ReIDNet, from_domain_bn, set_bn_domain, to_domain_bn, to_ghost_bn
 from .batches import AugmentConfig, PKSampler, Pile, TrainSet, augment, draw
 from .core import DomainMixError, autocast, from_dict, generator, pick_device, to_dict
-from .loop import Run, adam, class_means, data_key, embed_images, loaded, lr_schedule, place, set_lr, take, weights_key
+from .loop import Run, adam, class_means, data_key, embed_images, laid_out, layout, loaded, lr_schedule, place, set_lr, take, weights_key
 from .parallel import divided, gathered, mean_gradients, once, share
 from .knn import camera_centre
 from .pseudolabel import ClusterConfig, Clusters, alone, assign, cluster, label_quality
@@ -52,6 +52,8 @@ class SpCLConfig:
     label_feature: Literal["neck", "raw"] = "neck"  # what the final labels are taken from: after or before the BN neck
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    channels_last: Literal["auto", "on", "off"] = "auto"  # the channels of a pixel side by side in memory
+    fused: Literal["auto", "on", "off"] = "auto"         # Adam in one pass over memory; auto: where torch has it for the device
 
 # %% ../nbs/32_spcl.ipynb #c1274c5b
 def class_scores(
@@ -248,7 +250,7 @@ class Mixture:
             image = augment(torch.cat([take(x, i, self.device) for x, i in zip(self.images, index)]), self.config.augment, numbers)
             rows = [self.n_synthetic + index[-1]]
             if self.synthetic is not None: rows = [self.synthetic.label[index[0]], *rows]
-            return image.contiguous(memory_format=torch.channels_last), torch.cat(rows).to(self.device)
+            return image.contiguous(memory_format=layout(self.config.channels_last)), torch.cat(rows).to(self.device)
         return loaded(draws(self, label, pick, alter), load, done, streamed=any(x.device.type != self.device.type for x in self.images))
 
     def terms(self, each: Tensor) -> dict[str, Tensor]:
@@ -290,8 +292,7 @@ def contrast(net: nn.Module, memory: Memory, mix: Mixture, optimiser, lr: np.nda
         terms = mix.terms(memory(feature.float(), row))
         loss = sum(terms.values())
         optimiser.zero_grad()
-        loss.backward()
-        mean_gradients(optimiser)
+        with mean_gradients(optimiser): loss.backward()
         optimiser.step()
         memory.update(*(gathered(x, len(mix.images)) for x in (feature.detach().float(), row)))
         run.add(len(image), loss=loss, **terms)
@@ -322,9 +323,9 @@ def adapt(
     device, config = pick_device(device), from_dict(type(config), to_dict(config))   # names a wrong setting
     mix = Mixture(synthetic if config.synthetic else None, real_images, real_camera, config, device)
     key = run_key(net, mix, seed)
-    net = adaptable(net, config, mix.synthetic is not None).to(device, memory_format=torch.channels_last)
+    net = laid_out(adaptable(net, config, mix.synthetic is not None), device, config.channels_last)
     memory = Memory(mix.n_synthetic, len(real_images), net.feature_dim, config.temperature, config.momentum).to(device)
-    optimiser = adam(net, config.lr, config.weight_decay)
+    optimiser = adam(net, config.lr, config.weight_decay, config.fused)
     lr = lr_schedule(config.lr, config.epochs, config.iterations, config.schedule, config.milestones, warmup=config.warmup)
     with Run(stage, config.epochs, lr.size, key, dict(net=net, memory=memory, optimiser=optimiser), folder, log, device) as run:
         for epoch in run:

@@ -23,7 +23,7 @@ from .backbone import ReIDNet, from_domain_bn, to_ghost_bn
 from .batches import AugmentConfig, PKSampler, TrainSet, augment, draw, normalise
 from .core import DomainMixError, autocast, fingerprint, from_dict, generator, pick_device, to_dict
 from .discriminator import Discriminator
-from .loop import (Run, adam, averaged, class_means, data_key, embed_images, loaded, lr_schedule, place, set_lr, take,
+from .loop import (Run, adam, averaged, class_means, data_key, embed_images, laid_out, layout, loaded, lr_schedule, place, set_lr, take,
                             weights_key)
 from .losses import discrimination_loss, domain_balance_loss, id_loss, kl_uniform_loss, triplet_loss
 from .parallel import divided, gathered, mean_gradients, share
@@ -52,6 +52,8 @@ class TrainConfig:
     compile: bool = False                # by torch.compile: a minute at the start, faster steps on a GPU
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    channels_last: Literal["auto", "on", "off"] = "auto"  # the channels of a pixel side by side in memory
+    fused: Literal["auto", "on", "off"] = "auto"         # Adam in one pass over memory; auto: where torch has it for the device
 
 # %% ../nbs/40_trainer.ipynb #68ccdab5
 @dataclass
@@ -104,7 +106,7 @@ class Feed:
         device: torch.device,
     ):
         self.sampler = PKSampler(data.label, data.camera, data.domain, divided(config.p, stage), config.k, balance=config.balance)
-        self.augment, self.seed, self.stage, self.device = config.augment, seed, stage, device
+        self.augment, self.seed, self.stage, self.device, self.layout = config.augment, seed, stage, device, layout(config.channels_last)
         self.images = place(data.images, device)
         self.label, self.domain = data.label.to(device), data.domain.to(device)
 
@@ -122,7 +124,7 @@ class Feed:
             index = share(index, views)
             image = augment(take(self.images, index, self.device), self.augment, share(numbers, views))
             index = index.to(self.device)
-            return image.contiguous(memory_format=torch.channels_last), self.label[index], self.domain[index]
+            return image.contiguous(memory_format=self.layout), self.label[index], self.domain[index]
         return loaded(self.draws(epoch, player, views), load, done, streamed=self.images.device != self.label.device)
 
 # %% ../nbs/40_trainer.ipynb #b5a601ac
@@ -173,12 +175,13 @@ def compile_net(
     net: nn.Module,        # in place
     images: Tensor,        # (B, 3, H, W) uint8, a few to try it on
     device: torch.device,
+    channels_last: str = "auto", # as for `loop.layout`
 ) -> bool:                 # is it compiled?
     "Compile `net`, or say why not."
     mode = net.training
     try:
         net.eval().compile()
-        with torch.no_grad(): net(normalise(images.to(device)).contiguous(memory_format=torch.channels_last))
+        with torch.no_grad(): net(normalise(images.to(device)).contiguous(memory_format=layout(channels_last)))
         return True
     except Exception as e:        # whatever a compiler may raise
         net._compiled_call_impl = None
@@ -200,21 +203,21 @@ class Players:
         device: torch.device,
         rows: Tensor | None = None, # (n_classes, D) of an earlier classifier
     ):
-        net = to_ghost_bn(net, config.samples_per_bn).to(device, memory_format=torch.channels_last)
+        net = laid_out(to_ghost_bn(net, config.samples_per_bn), device, config.channels_last)
         if rows is None: rows = first_classifier(net, data, config, generator(seed, stage, "classifier"), device)
         if rows.shape != (data.n_classes, net.feature_dim):
             raise DomainMixError(f"the classifier is {tuple(rows.shape)}, and there are {data.n_classes} classes of {net.feature_dim} numbers",
                                  "give the classifier that was trained on the same union of sets, or None")
         self.model, self.discriminator = Classifying(net, rows).to(device), None
         self.average = averaged(self.model, config.ema)
-        if config.compile: compile_net(self.model, data.images[:2], device)
-        self.optimiser, self.opponent = adam(self.model, config.lr, config.weight_decay), None
+        if config.compile: compile_net(self.model, data.images[:2], device, config.channels_last)
+        self.optimiser, self.opponent = adam(self.model, config.lr, config.weight_decay, config.fused), None
         loss = getattr(config, "loss", "none")
         self.reversed = loss == "reverse"
         if loss != "none":
             self.faster = 100. if config.disc_lr is None else config.disc_lr / config.lr
             self.discriminator = Discriminator(net.feature_dim, data.n_domains, seed=seed).to(device)
-            self.opponent = adam(self.discriminator, config.lr, config.weight_decay)
+            self.opponent = adam(self.discriminator, config.lr, config.weight_decay, config.fused)
 
     def parts(self) -> dict:
         "What a checkpoint holds."
@@ -346,8 +349,7 @@ def train(
                 else:
                     loss, terms = backbone_loss(players.model, players.discriminator, image, label, domain, config, reversal)
                 for optimiser in learners: optimiser.zero_grad()
-                loss.backward()
-                mean_gradients(*learners)
+                with mean_gradients(*learners): loss.backward()
                 for optimiser in learners: optimiser.step()
                 if players.average and not discriminates: players.average.update_parameters(players.model)
                 run.add(len(label), **terms)

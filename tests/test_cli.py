@@ -29,6 +29,7 @@ TINY = {
     **{f"{stage}.{k}": v for stage in ("pretrain", "spcl", "stage2", "stage3") for k, v in STAGES.items()},
 }
 FIRST = ["--run", "first", "--all-stages"]
+NOBODY = 65534
 SCORES = ("mAP", "rank1", "rank5", "rank10", "mAP_trapezoid", "domain_probe")
 
 FORKS = r"""
@@ -37,6 +38,13 @@ import torch, tyro, sklearn, scipy.sparse.csgraph
 import domainmix.cli, domainmix.viz, matplotlib.figure
 torch.set_num_threads(1)
 domainmix.cli.parse(["run"])
+
+def lay_down_powers():
+    "Root may write anywhere by its capabilities; without them it is a user like others."
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()): raise OSError(ctypes.get_errno(), "capset")
+
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()
@@ -47,6 +55,7 @@ for line in sys.stdin:
             os.chdir(job["cwd"])
             for name, fd in (("out", 1), ("err", 2)): os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            if job["powerless"]: lay_down_powers()
             code = domainmix.cli.main(job["argv"])
         except SystemExit as e: code = e.code if isinstance(e.code, int) else 1
         except BaseException: traceback.print_exc()
@@ -69,10 +78,10 @@ class Terminal:
         self.process = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.cwd = None
 
-    def __call__(self, *argv, strike=None, how=signal.SIGKILL):
-        "Run a command; `strike`, if given, is asked every few milliseconds whether the process is to get the signal `how`."
+    def __call__(self, *argv, strike=None, how=signal.SIGKILL, powerless=False):
+        "Run a command, by root as if by somebody else if `powerless`; `strike`, if given, is asked every few milliseconds whether the process is to get the signal `how`."
         names = {"out": str(self.cwd / ".out"), "err": str(self.cwd / ".err")}
-        job = {"argv": [str(a) for a in argv], "cwd": str(self.cwd), **names}
+        job = {"argv": [str(a) for a in argv], "cwd": str(self.cwd), "powerless": powerless and os.geteuid() == 0, **names}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         pid = int(self.process.stdout.readline())
@@ -232,10 +241,30 @@ def test_a_full_disk_loses_nothing(domainmix, flags):
     assert domainmix(*argv).code == 0 and (home / "metrics.json").is_file()
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def given_away(folder, writable=False):
+    "Make a folder one that can be looked into and, unless `writable`, not be changed; what is root's is given to somebody else."
+    for p in (folder, *folder.rglob("*")):
+        p.chmod((0o555 if p.is_dir() else 0o444) | (0o200 if writable else 0))
+        if os.geteuid() == 0: os.chown(p, *(0, 0) if writable else (NOBODY, NOBODY))
+
+
+@pytest.mark.skipif(os.name == "nt" or (os.geteuid() == 0 and sys.platform != "linux"), reason="needs rights, and for root a way to lay down its powers")
 def test_a_read_only_folder(domainmix, flags):
-    (domainmix.cwd / "data").mkdir(mode=0o500)
-    wrong(domainmix("run", *flags), "change its rights")
+    data, argv = domainmix.cwd / "data", ("run", *flags, "--run", "k", "--method", "only-a")
+    data.mkdir()
+    given_away(data)
+    wrong(domainmix(*argv, powerless=True), "Permission denied", "data/", "change its rights")
+    assert not list(data.iterdir())
+    given_away(data, writable=True)
+    assert domainmix(*argv).code == 0
+    before = {p: p.read_bytes() for p in data.rglob("*") if p.is_file()}
+    given_away(data)                                                       # a finished run that belongs to somebody else
+    wrong(domainmix(*argv, powerless=True), "Permission denied", "data/runs/k", "change its rights")
+    said = domainmix("runs", powerless=True)
+    assert said.code == 0 and "finished" in said.out, said
+    assert domainmix("evaluate", "--model", "k", "--target", flags[-1], powerless=True).code == 0
+    assert {p: p.read_bytes() for p in data.rglob("*") if p.is_file()} == before
+    given_away(data, writable=True)
 
 
 def test_images_that_changed_are_refused_and_images_that_were_touched_are_not(domainmix, sets):

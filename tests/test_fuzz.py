@@ -454,15 +454,13 @@ def cache(tmp_path_factory):
 
 
 def cached_right(cache, file, content):
-    "What is read from a cache in which `file` holds `content` is right, but for bytes of pixels, which are not looked after."
+    "What is read from a cache in which `file` holds `content` is right."
     records, folder, right, paths = cache
     before = {f: f.read_bytes() for f in folder.iterdir()}
     file.write_bytes(content)
     try:
         found = tried("caches", lambda: load_images(records, 16, 8, cache=folder, skip_bad=True), folder)
-        assert found is not REFUSED and found[1].path.tolist() == paths and found[0].shape == right.shape
-        pixels = content[-right.numel():] if file.suffix == ".npy" else b""
-        assert torch.equal(found[0], right) or found[0].numpy().tobytes() == pixels
+        assert found is not REFUSED and found[1].path.tolist() == paths and torch.equal(found[0], right)
     finally:
         for f in folder.iterdir():
             f.unlink()
@@ -478,6 +476,7 @@ def cached_right(cache, file, content):
 @example(".json", [("all", 0, b'{"bad": {"99": "no picture"}}')])
 @example(".npy", [("all", 0, b"")])
 @example(".npy", [("insert", .9, b"abc")])
+@example(".npy", [("flip", .9, 3)])
 def test_cache_damaged(cache, suffix, how):
     file = next(cache[1].glob(f"*{suffix}"))
     cached_right(cache, file, damaged(file.read_bytes(), how))
@@ -795,6 +794,7 @@ def network_right(file, right, height=32):
 
 @fuzz(40)
 @given(wounds)
+@example([("flip", .5, 0), ("head", .96875, b"\xc2\x80")])   # a weight, and the name of the fingerprint
 @example([("flip", .9, 3)])
 def test_weights_damaged(weights, how):
     file, right = weights

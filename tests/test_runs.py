@@ -87,6 +87,18 @@ def test_a_run_at_work_is_running(after):
     assert row(after("runs"), "first")[1] == "finished"
 
 
+def test_a_run_for_labels_alone_is_finished_until_more_is_asked(after, flags):
+    home = after.cwd / "data/runs/l"
+    assert after("label", *flags[:-2], "--run", "l").code == 0
+    refined = load_json(home / "labels.json")["refined"]
+    words = row(after("runs"), "l")
+    assert words[1:3] == ["finished", "labels"] and words[5:9] == [str(refined["clusters"]), "classes", "of", "60"], words
+    said = after("compare", "first", "l")
+    assert said.code == 0 and "labels of B" in said.out, said
+    assert after("run", *flags, "--run", "l", *LONG, "--update", strike=lambda: lines(home, "stage2") >= 1).code == -9
+    assert row(after("runs"), "l")[1:3] == ["stopped", "domainmix-db"] and not (home / "labels.json").exists()
+
+
 # ---- side by side
 
 def test_compare_says_what_differs(after, flags):
