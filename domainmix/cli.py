@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REPORT_RUNS', 'COMMANDS', 'USAGE', 'Run', 'Table', 'Label', 'Evaluate', 'Embed', 'Export', 'Report', 'Presets',
            'Tables', 'Runs', 'Compare', 'Bench', 'World', 'settings', 'curves', 'do_run', 'at_least_one', 'do_table',
-           'do_label', 'sizes_text', 'architecture', 'in_common', 'do_evaluate', 'by_onnx', 'do_embed', 'do_report',
-           'do_notebooks', 'do_presets', 'do_tables', 'do_runs', 'do_compare', 'do_bench', 'do_export', 'do_world',
+           'do_label', 'sizes_text', 'architecture', 'in_common', 'do_evaluate', 'by_onnx', 'do_embed', 'do_presets',
+           'do_tables', 'do_report', 'do_notebooks', 'do_runs', 'do_compare', 'do_bench', 'do_export', 'do_world',
            'report_rows', 'drawn_pictures', 'write_report', 'early', 'defaults', 'gathered', 'parse', 'main']
 
 # %% ../nbs/80_cli.ipynb #08de9e06
@@ -234,6 +234,19 @@ def do_embed(args: Embed) -> None:
     out = Path(args.out).with_suffix(".npy")
     print(f"{out}: {features.shape[0]:,} features of {features.shape[1]} numbers\n{out.with_suffix('.csv')}: their images")
 
+def do_presets(args: Presets) -> None: print(presets_text(args.word))
+
+def do_tables(args: Tables) -> None:
+    spec = load_table(args.table)
+    if args.seeds is not None: spec = replace(spec, seeds=list(range(at_least_one(args.seeds))))
+    rows = run_table(spec, args.data, args.update, device=args.device)
+    page = Path(args.data)/"runs"/f"{spec.name}.html"
+    write_atomic(page, lambda p: p.write_text(summary_html(rows, f"domainmix: {spec.name}"), encoding="utf-8"))
+    print(f"\n{summary_text(rows)}\n\n{page.with_suffix('.json')}\n{page}")
+    failed = sum("error" in r for r in rows)
+    if failed: raise DomainMixError(f"{failed} cells of {len(rows)} failed, see above", "put it right and give the same command again: what is done is kept")
+
+# %% ../nbs/80_cli.ipynb #508a3633
 def do_report(args: Report) -> None:
     results = Results(args.run, args.data, args.seed)
     if args.notebooks: return do_notebooks(args, results)
@@ -246,18 +259,6 @@ def do_notebooks(args: Report, results: Results) -> None:
     page, errors = notebook_report(results, args.out, args.companions)
     print(page)
     if errors: raise DomainMixError("; ".join(f"a cell of {name} failed: {what}" for name, what in errors.items()), "the page has the rest; open the notebook in JupyterLab to put it right")
-
-def do_presets(args: Presets) -> None: print(presets_text(args.word))
-
-def do_tables(args: Tables) -> None:
-    spec = load_table(args.table)
-    if args.seeds is not None: spec = replace(spec, seeds=list(range(at_least_one(args.seeds))))
-    rows = run_table(spec, args.data, args.update, device=args.device)
-    page = Path(args.data)/"runs"/f"{spec.name}.html"
-    write_atomic(page, lambda p: p.write_text(summary_html(rows, f"domainmix: {spec.name}"), encoding="utf-8"))
-    print(f"\n{summary_text(rows)}\n\n{page.with_suffix('.json')}\n{page}")
-    failed = sum("error" in r for r in rows)
-    if failed: raise DomainMixError(f"{failed} cells of {len(rows)} failed, see above", "put it right and give the same command again: what is done is kept")
 
 # %% ../nbs/80_cli.ipynb #7cdeeb8f
 def do_runs(args: Runs) -> None:

@@ -66,12 +66,15 @@ def execute(all_cells: dict[str, list], # those of each companion; what comes ou
            ) -> dict[str, str]:         # companion -> the first error in it
     "Run all cells in one process, which forgets in between."
     from nbclient import NotebookClient
+    from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
     from nbformat.v4 import new_code_cell, new_notebook
     nb = new_notebook(cells=[c for cells in all_cells.values() for c in (new_code_cell("%reset -sf"), *cells)])
-    client = NotebookClient(nb, timeout=None, kernel_name="python3", allow_errors=True, store_widget_state=False, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(nb, timeout=None, startup_timeout=300, kernel_name="python3", extra_arguments=["--log-level=40"], allow_errors=True, store_widget_state=False,
+                            resources={"metadata": {"path": str(folder)}})
     try: client.execute(env={**os.environ, "TQDM_DISABLE": "1"})
     except DeadKernelError as e: raise DomainMixError("the process that executes the companions died", "open them in JupyterLab to see in which cell; memory may be short") from e
+    except (RuntimeError, NoSuchKernel) as e: raise DomainMixError(f"no process to execute the companions could be started: {e}", "python -m ipykernel install --sys-prefix, or leave --notebooks out") from e
     outputs = lambda cells: [o for c in cells if c.cell_type == "code" for o in c.outputs]
     errors = {name: [f"{o.ename}: {o.evalue}" for o in outputs(cells) if o.output_type == "error"] for name, cells in all_cells.items()}
     return {name: found[0] for name, found in errors.items() if found}
@@ -96,9 +99,9 @@ def mathml(text: str # Markdown
 
 def prose(text: str # Markdown of a cell
          ) -> str:
-    "For a page of several notebooks: headings one lower, no links to notebooks, formulas that need no script."
+    "For a page of several notebooks: headings one lower, no links to files, formulas that need no script."
     text = outside_code(text, lambda t: re.sub(r"(?m)^(#+ )", r"#\1", t))
-    return mathml(re.sub(r"\[([^\]]+)\]\([\w./-]+\.ipynb[^)]*\)", r"\1", text))
+    return mathml(outside_code(text, lambda t: re.sub(r"!\[([^\]]*)\]\([^)]*\)|\[([^\]]+)\]\([\w./-]+\.ipynb[^)]*\)", lambda m: m[1] or m[2] or "", t)))
 
 def still(output) -> bool:
     "Does an output of a cell say anything without a kernel?"
@@ -106,7 +109,8 @@ def still(output) -> bool:
     return output.get("name") != "stderr" and (live not in kinds or any(k.startswith("image/") for k in kinds))
 
 # %% ../nbs/73_pages.ipynb #f53dfde4
-BOOK_STYLE = "section{border-top:1px solid var(--rule);margin-top:3rem}.prompt,.jp-InputPrompt,.jp-OutputPrompt,.anchor-link{display:none}img{max-width:100%}" \
+BOOK_STYLE = "section{border-top:1px solid var(--rule);margin-top:3rem}section h2{font-size:1.4rem}section h3{font-size:1.1rem;margin:2rem 0 .5rem}a{color:inherit}" \
+             ".prompt,.jp-InputPrompt,.jp-OutputPrompt,.anchor-link{display:none}img{max-width:100%}" \
              "section pre,section code{font:13px/1.5 ui-monospace,monospace}blockquote{margin:0 0 1rem;padding:0 1rem;border-left:4px solid var(--rule);color:var(--soft)}"
 
 def section(name: str,   # of the companion
@@ -123,7 +127,7 @@ def section(name: str,   # of the companion
         for o in cell.outputs:
             if "data" in o: o.data.pop("application/vnd.jupyter.widget-view+json", None)
             if o.output_type == "error": o.traceback = [f"{o.ename}: {o.evalue}"]
-    body, _ = HTMLExporter(template_name="basic", exclude_input=True, embed_images=True).from_notebook_node(nb)
+    body, _ = HTMLExporter(template_name="basic", exclude_input=True).from_notebook_node(nb)
     return f'<section id="{html.escape(name)}">{body}</section>\n'
 
 def notebook_report(results: Results,                  # the run

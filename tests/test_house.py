@@ -243,7 +243,7 @@ def test_papermill_lists_the_parameters_of_a_companion(caplog):
 
 def test_the_documentation_needs_no_network(tmp_path):
     import docs
-    assert docs.mathml("`$x$` and $x^2$") == f"`$x$` and {docs.convert('x^2')}"
+    assert docs.mathml("`$x$` and $x^2$").startswith("`$x$` and <math")
     for name in ("22_losses", "95_tables"):
         title, subtitle, body = docs.convert_notebook(ROOT / "nbs" / f"{name}.ipynb")
         page = docs.page(title, body)

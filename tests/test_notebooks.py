@@ -205,3 +205,18 @@ def test_papermill_runs_a_companion(runs, tmp_path):
     shutil.copy(ROOT / "nbs" / "94_retrieval.ipynb", source)
     done = papermill.execute_notebook(str(source), str(out), dict(run="done", data=str(runs.parent)), progress_bar=False, log_output=False)
     assert "run done, seed 0" in page(done)[0]
+
+
+def test_a_page_of_the_companions(runs):
+    "All of them, executed on a finished run, on one page that asks for nothing."
+    from domainmix.pages import notebook_report
+    from domainmix.results import Results
+    there = sorted(p.name for p in runs.iterdir())
+    page, errors = notebook_report(Results(runs / "done"))
+    text = page.read_text(encoding="utf-8")
+    assert not errors and page == runs / "done" / "notebooks.html"
+    sections = re.split(r'<section id="([^"]*)">', text)
+    assert tuple(sections[1::2]) == COMPANIONS
+    assert all("run done, seed 0" in s and s.count('src="data:image/') >= n for s, n in zip(sections[2::2], (4, 3, 3, 2))), [s.count('src="data:image/') for s in sections[2::2]]
+    assert not re.search(r"""<script|<link|(?:src|href)=["'](?!data:|#)|url\(|@import""", text) and "default-src 'none'" in text and "<math" in text
+    assert sorted(p.name for p in runs.iterdir()) == there                  # the stage that 93 could run again was not
