@@ -26,12 +26,7 @@ from .data import shown
 from .osnet import osnet_body
 from .parallel import AcrossBatchNorm, update_running
 
-# %% ../nbs/20_backbone.ipynb #78916151
-def _groups(bn: _BatchNorm, n_images: int) -> int:
-    "Into how many runs of images `bn` splits a batch."
-    return max(1, n_images // (getattr(bn, "samples_per_bn", None) or n_images))
-
-
+# %% ../nbs/20_backbone.ipynb #2c00cecd
 TAIL = ("drop", "act")   # what timm's norms do after normalising
 
 
@@ -41,6 +36,11 @@ def _tail(bn: _BatchNorm, x: Tensor) -> Tensor:
         if hasattr(bn, name):
             x = getattr(bn, name)(x)
     return x
+
+# %% ../nbs/20_backbone.ipynb #78916151
+def _groups(bn: _BatchNorm, n_images: int) -> int:
+    "Into how many runs of images `bn` splits a batch."
+    return max(1, n_images // (getattr(bn, "samples_per_bn", None) or n_images))
 
 
 class GhostBatchNorm(_BatchNorm):
@@ -68,7 +68,7 @@ class GhostBatchNorm(_BatchNorm):
         update_running(self, mean, var)
         return _tail(self, torch.cat(out))
 
-
+# %% ../nbs/20_backbone.ipynb #6732f711
 class WholeBatchNorm(AcrossBatchNorm):
     "Batch normalisation over the batch of all processes."
     def forward(self, x: Tensor) -> Tensor: return _tail(self, super().forward(x))

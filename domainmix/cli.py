@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['REPORT_RUNS', 'COMMANDS', 'USAGE', 'Run', 'Table', 'Label', 'Evaluate', 'Embed', 'Export', 'Report', 'Presets',
            'Tables', 'Runs', 'Compare', 'Bench', 'World', 'settings', 'curves', 'do_run', 'at_least_one', 'do_table',
-           'do_label', 'sizes_text', 'architecture', 'in_common', 'do_evaluate', 'by_onnx', 'do_embed', 'do_report',
-           'do_presets', 'do_tables', 'do_runs', 'do_compare', 'do_bench', 'do_export', 'do_world', 'report_rows',
-           'drawn_pictures', 'write_report', 'early', 'defaults', 'gathered', 'parse', 'main']
+           'do_label', 'sizes_text', 'architecture', 'in_common', 'do_evaluate', 'by_onnx', 'do_embed', 'do_presets',
+           'do_tables', 'do_report', 'do_notebooks', 'do_runs', 'do_compare', 'do_bench', 'do_export', 'do_world',
+           'report_rows', 'drawn_pictures', 'write_report', 'early', 'defaults', 'gathered', 'parse', 'main']
 
 # %% ../nbs/80_cli.ipynb #08de9e06
 import contextlib, shutil, sys
@@ -29,6 +29,7 @@ from .export import embed_onnx, export
 from .presets import preset as preset_of, presets_text, there
 from .tables import load_table, run_table, summary_html, summary_text
 from .results import Results, run_report
+from .pages import notebook_report
 from .runs import Live, compare, compare_text, list_runs, runs_text, tensorboard
 from .pipeline import (DEMO, DEMO_SEEDS, METHODS, TABLE, RunConfig, configure, embed, evaluate_model, gains_text, label, labels_text,
                                 load_config, open_set, report_errors, result_text, run, run_folder, specs, table, table_text)
@@ -100,8 +101,10 @@ class Export:
 class Report:
     "A run's clusters, maps, answers and losses as one page that a browser opens offline."
     run: str                        # a run's name or folder; of a table too
-    out: str | None = None          # the file to write; None: report.html in the run's folder
+    out: str | None = None          # the file to write; None: report.html in the run's folder, or notebooks.html
     seed: int | None = None         # of a table; None: its first
+    notebooks: bool = False         # execute the companion notebooks, and make the page of what they say
+    companions: str | None = None   # the folder of these; None: nbs/ of the checkout
     data: str = "data"              # where runs/ lies
 
 @dataclass
@@ -231,11 +234,6 @@ def do_embed(args: Embed) -> None:
     out = Path(args.out).with_suffix(".npy")
     print(f"{out}: {features.shape[0]:,} features of {features.shape[1]} numbers\n{out.with_suffix('.csv')}: their images")
 
-def do_report(args: Report) -> None:
-    results = Results(args.run, args.data, args.seed)
-    table = results.home/"table.json"                       # a table has a report of its own
-    print(run_report(results, args.out or (results.store/"report.html" if table.is_file() else None)))
-
 def do_presets(args: Presets) -> None: print(presets_text(args.word))
 
 def do_tables(args: Tables) -> None:
@@ -247,6 +245,20 @@ def do_tables(args: Tables) -> None:
     print(f"\n{summary_text(rows)}\n\n{page.with_suffix('.json')}\n{page}")
     failed = sum("error" in r for r in rows)
     if failed: raise DomainMixError(f"{failed} cells of {len(rows)} failed, see above", "put it right and give the same command again: what is done is kept")
+
+# %% ../nbs/80_cli.ipynb #508a3633
+def do_report(args: Report) -> None:
+    results = Results(args.run, args.data, args.seed)
+    if args.notebooks: return do_notebooks(args, results)
+    if args.companions: raise DomainMixError("--companions is given without --notebooks", "give both: the page of drawn views needs no notebooks")
+    table = results.home/"table.json"                       # a table has a report of its own
+    print(run_report(results, args.out or (results.store/"report.html" if table.is_file() else None)))
+
+def do_notebooks(args: Report, results: Results) -> None:
+    if results.seed != Results(args.run, args.data).seed: raise DomainMixError(f"--notebooks and --seed {args.seed} are given", "drop one: the companions look at a table's first seed")
+    page, errors = notebook_report(results, args.out, args.companions)
+    print(page)
+    if errors: raise DomainMixError("; ".join(f"a cell of {name} failed: {what}" for name, what in errors.items()), "the page has the rest; open the notebook in JupyterLab to put it right")
 
 # %% ../nbs/80_cli.ipynb #7cdeeb8f
 def do_runs(args: Runs) -> None:

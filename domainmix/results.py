@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'VIEWS', 'EXAMPLE', 'StageFolder', 'stage_folders', 'read_features', 'Results', 'checkpoint_net',
-           'third_again', 'attention', 'domain_sample', 'sample_features', 'probes', 'run_report', 'example']
+           'third_again', 'attention', 'domain_sample', 'sample_features', 'probes', 'stage_rows', 'run_report',
+           'example']
 
 # %% ../nbs/71_results.ipynb #76debf81
 import tempfile
@@ -283,6 +284,10 @@ VIEWS = {
 }
 
 # %% ../nbs/71_results.ipynb #14aaa10e
+def stage_rows(results: Results) -> list[dict]:
+    "What was measured on each network, as rows of a report's table."
+    return [{"method": s, "seed": results.seed, **{{"domain_probe": "probe"}.get(k, k): v for k, v in m.items() if v is not None}} for s, m in results.measured().items() if m]
+
 def run_report(results: Results,
                out: str | Path | None = None # the file; None: report.html in the run's folder
               ) -> Path:
@@ -291,8 +296,7 @@ def run_report(results: Results,
     for name, (draw, caption) in VIEWS.items():
         try: figures[name] = (draw(results), caption)
         except DomainMixError as e: notes.append(f"No picture of the {name}: {e.what}.")
-    rows = [{"method": s, "seed": results.seed, **{{"domain_probe": "probe"}.get(k, k): v for k, v in m.items() if v is not None}} for s, m in results.measured().items() if m]
-    return report(out or results.home/"report.html", f"domainmix: {results.home.name}", rows, figures, results.config, notes)
+    return report(out or results.home/"report.html", f"domainmix: {results.home.name}", stage_rows(results), figures, results.config, notes)
 
 # %% ../nbs/71_results.ipynb #4c1c87fd
 EXAMPLE = {"real": "world", "target": "world", "run": "example", "height": 32, "width": 16, "lower": 4, "net.width": 16, "net.stripes": 2, "flip": False,

@@ -746,6 +746,7 @@ def report(path: str | Path,                  # the file to write, report.html
            figures: dict[str, tuple[Any, str]] | None = None, # name -> (figure or PNG bytes, one sentence about it)
            config: Any = None,                # settings: a dataclass or nested dictionaries
            notes: Sequence[str] = (),         # paragraphs under the title: data, machine, what to keep in mind
+           body: str = "",                    # more of the page, as HTML
           ) -> Path:
     "One self-contained page about a run: results, figures, settings."
     single = all(len({r.get("seed", 0) for r in rows if r["method"] == m}) < 2 for m in {r["method"] for r in rows})
@@ -753,6 +754,7 @@ def report(path: str | Path,                  # the file to write, report.html
     parts = [f"<h1>{html.escape(title)}</h1>\n", *(f"<p>{html.escape(n)}</p>\n" for n in notes),
              f'<h2>Results</h2>\n{result_table(rows)}<p class="soft">In per cent. {spread}</p>\n' if rows else ""]
     if figures: parts.append("<h2>Figures</h2>\n" + "".join(_figure_html(name, f, caption) for name, (f, caption) in figures.items()))
+    parts.append(body)
     if config is not None: parts.append(f"<h2>Settings</h2>\n<details><summary>All settings of this run</summary><pre>{html.escape(json.dumps(plain(config), indent=2, ensure_ascii=False))}</pre></details>\n")
     page = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<meta name="viewport" content="width=device-width,initial-scale=1">\n'
             '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">\n'

@@ -262,7 +262,7 @@ def greys(d: Dice, low: float, high: float) -> Tensor:
 # %% ../nbs/10_world.ipynb #60dea0cb
 def paving(d: Dice, colour: Tensor, x: Tensor, y: Tensor, horizon: Tensor) -> Tensor:
     "The ground (n, 3, h, w), of `colour` (n, 3), below `horizon` (n,)."
-    n, h, w = d.n, y.shape[1], x.shape[2]
+    h, w = y.shape[1], x.shape[2]
     colour = colour * (1 + d.normal(.08))[:, None]
     colour = torch.where(d.chance(.08)[:, None] > 0, hsv(d.uniform(.2, .33), d.uniform(.2, .5), d.uniform(.3, .55)), colour)  # grass
     near = 1 / (each(horizon) + .3 - y).clamp(min=.08)

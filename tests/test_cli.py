@@ -22,6 +22,7 @@ from PIL import Image
 from domainmix.core import load_json, load_jsonl, locked, save_json, save_weights
 from domainmix.data import write_market1501, write_msmt17, write_randperson
 from domainmix.world import toy
+from forks import Forks
 
 STAGES = {"epochs": 2, "iterations": 4, "p": 4, "k": 2}
 TINY = {
@@ -32,36 +33,11 @@ FIRST = ["--run", "first", "--all-stages"]
 NOBODY = 65534
 SCORES = ("mAP", "rank1", "rank5", "rank10", "mAP_trapezoid", "domain_probe")
 
-FORKS = r"""
-import json, os, signal, sys, traceback
+FIRST_OF_ALL = """
 import torch, tyro, sklearn, scipy.sparse.csgraph
 import domainmix.cli, domainmix.viz, matplotlib.figure
 torch.set_num_threads(1)
 domainmix.cli.parse(["run"])
-
-def lay_down_powers():
-    "Root may write anywhere by its capabilities; without them it is a user like others."
-    import ctypes
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()): raise OSError(ctypes.get_errno(), "capset")
-
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-            os.chdir(job["cwd"])
-            for name, fd in (("out", 1), ("err", 2)): os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            if job["powerless"]: lay_down_powers()
-            code = domainmix.cli.main(job["argv"])
-        except SystemExit as e: code = e.code if isinstance(e.code, int) else 1
-        except BaseException: traceback.print_exc()
-        finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -74,36 +50,21 @@ class Said:
 class Terminal:
     "Runs `domainmix` commands in a folder."
     def __init__(self):
-        env = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TQDM_MININTERVAL="5")
-        self.process = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.forks = Forks(FIRST_OF_ALL, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TQDM_MININTERVAL="5")
         self.cwd = None
 
-    def __call__(self, *argv, strike=None, how=signal.SIGKILL, powerless=False):
-        "Run a command, by root as if by somebody else if `powerless`; `strike`, if given, is asked every few milliseconds whether the process is to get the signal `how`."
-        names = {"out": str(self.cwd / ".out"), "err": str(self.cwd / ".err")}
-        job = {"argv": [str(a) for a in argv], "cwd": str(self.cwd), "powerless": powerless and os.geteuid() == 0, **names}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        pid = int(self.process.stdout.readline())
-        if strike is not None:
-            alive = lambda: Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-            while alive() and not strike(): time.sleep(.003)
-            try: os.kill(pid, how)
-            except ProcessLookupError: pass
-        code = int(self.process.stdout.readline())
-        return Said(code, *(Path(names[n]).read_text(errors="replace") for n in ("out", "err")))
-
-    def close(self):
-        self.process.stdin.close()
-        try: self.process.wait(60)
-        except subprocess.TimeoutExpired: self.process.kill()
+    def __call__(self, *argv, **how):
+        "Run a command; `strike`, `how` and `powerless` as `Forks` has them."
+        out, err = self.cwd / ".out", self.cwd / ".err"
+        code = self.forks("domainmix.cli:main", [str(a) for a in argv], cwd=self.cwd, out=out, err=err, **how)
+        return Said(code, *(f.read_text(errors="replace") for f in (out, err)))
 
 
 @pytest.fixture(scope="module")
 def forks():
     terminal = Terminal()
     yield terminal
-    terminal.close()
+    terminal.forks.close()
 
 
 @pytest.fixture

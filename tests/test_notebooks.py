@@ -1,20 +1,21 @@
-"""Every notebook runs, in a process of its own, through nbdev's own test command.
+"""Every notebook runs, in a process of its own, through nbdev's own test command (`forks.py`: torch is imported once for all).
 
 That command says nothing about what it ran: it succeeds when no cell was eligible, and a cell that ends
 the process ends it in silence. So the eligible cells are counted here, and success must be said aloud.
 """
 import configparser
+import functools
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from forks import Forks
 from sync import ROOT, notebooks
 
 LIMIT = 400  # seconds for one notebook, on a slow and busy core
@@ -48,26 +49,35 @@ def eligible(path, root=ROOT):
     return [s for s in code if not directives(s).keys() & skip_flags(root) and directives(s).get("eval:", "").lower() != "false"]
 
 
+@functools.cache
+def forks():
+    "Has imported what nearly every notebook imports from others; nothing of this package."
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return Forks("import nbdev.test, torchvision, sklearn.cluster", PYTHONPATH=path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"), MPLBACKEND="agg")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def closed():
+    yield
+    if forks.cache_info().currsize:
+        forks().close()
+
+
 def run(path, root=ROOT):
     "Run one notebook as `nbdev_test` does; return what is wrong with it, or nothing."
     if not eligible(path, root):
         return f"{path.name}: no cell is eligible for testing"
-    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "MPLBACKEND": "agg"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    command = [Path(sys.executable).with_name("nbdev_test"), "--path", path, "--n_workers", "0", "--do_print"]
-    with subprocess.Popen(command, cwd=root, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, errors="replace", start_new_session=True) as process:
-        try:
-            said = process.communicate(timeout=LIMIT)[0]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return f"{path.name} did not end within {LIMIT} s\n{process.communicate()[0][-3000:]}"
+    with tempfile.NamedTemporaryFile("r", suffix=".txt", errors="replace") as out:
+        code = forks()("nbdev.test:nbdev_test", path=str(path), n_workers=0, do_print=True, cwd=root, out=out.name, limit=LIMIT)
+        said = out.read()
+    if code is None:
+        return f"{path.name} did not end within {LIMIT} s\n{said[-3000:]}"
     started = [line for line in said.splitlines() if line.startswith("Starting ")]
-    if process.returncode == 0 and "Success." in said.splitlines() and started == [f"Starting {path}"]:
+    if code == 0 and "Success." in said.splitlines() and started == [f"Starting {path}"]:
         return ""
     cell = re.search(r"While Executing Cell #(\d+)", said)
     source = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][int(cell[1]) - 1]["source"]) if cell else "unknown"
-    return f"{path.name} failed (exit status {process.returncode}) in the cell\n\n{source}\n\n{said[-8000:]}"
+    return f"{path.name} failed (exit status {code}) in the cell\n\n{source}\n\n{said[-8000:]}"
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
@@ -195,3 +205,18 @@ def test_papermill_runs_a_companion(runs, tmp_path):
     shutil.copy(ROOT / "nbs" / "94_retrieval.ipynb", source)
     done = papermill.execute_notebook(str(source), str(out), dict(run="done", data=str(runs.parent)), progress_bar=False, log_output=False)
     assert "run done, seed 0" in page(done)[0]
+
+
+def test_a_page_of_the_companions(runs):
+    "All of them, executed on a finished run, on one page that asks for nothing."
+    from domainmix.pages import notebook_report
+    from domainmix.results import Results
+    there = sorted(p.name for p in runs.iterdir())
+    page, errors = notebook_report(Results(runs / "done"))
+    text = page.read_text(encoding="utf-8")
+    assert not errors and page == runs / "done" / "notebooks.html"
+    sections = re.split(r'<section id="([^"]*)">', text)
+    assert tuple(sections[1::2]) == COMPANIONS
+    assert all("run done, seed 0" in s and s.count('src="data:image/') >= n for s, n in zip(sections[2::2], (4, 3, 3, 2))), [s.count('src="data:image/') for s in sections[2::2]]
+    assert not re.search(r"""<script|<link|(?:src|href)=["'](?!data:|#)|url\(|@import""", text) and "default-src 'none'" in text and "<math" in text
+    assert sorted(p.name for p in runs.iterdir()) == there                  # the stage that 93 could run again was not

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import nbformat
-from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 
+from domainmix.pages import mathml
 from sync import ROOT, notebooks
 
 OUT = ROOT / "_docs"
@@ -27,15 +27,6 @@ code{font:.88em ui-monospace,Menlo,Consolas,monospace} p code,li code,td code{ba
 blockquote{margin:0 0 1.2rem;padding:.1rem 1rem;border-left:4px solid #d0d7de;color:#57606a} img{max-width:100%} table{border-collapse:collapse;display:block;overflow-x:auto} td,th{border-bottom:1px solid #d0d7de;padding:.25rem .7rem;text-align:left}
 math[display=block]{margin:1rem 0} .prompt,.jp-InputPrompt,.jp-OutputPrompt,.anchor-link{display:none} h1{margin-top:.6rem}
 """
-
-
-def mathml(text):
-    "Markdown with its formulas as MathML; code is left as it is."
-    def formula(match):
-        block = match[1] is not None
-        return convert((match[1] if block else match[2]).strip(), display="block" if block else "inline")
-    pieces = re.split(r"(```.*?```|`[^`\n]+`)", text, flags=re.S)
-    return "".join(p if i % 2 else re.sub(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", formula, p, flags=re.S) for i, p in enumerate(pieces))
 
 
 def heading(nb):

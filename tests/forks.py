@@ -1,0 +1,75 @@
+"""Calls in processes of their own, without the seconds that importing torch takes each time.
+
+One process imports and does nothing else; every call is made in a fork of it, with its own folder, environment,
+output and session. So a call can end its process, crash or be killed, and nobody else notices.
+"""
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SERVER = r"""
+import importlib, json, os, signal, sys, traceback
+sys.path.pop(0)                                       # the folder in which this began
+exec(sys.argv[1])
+
+def lay_down_powers():
+    "Root may write anywhere by its capabilities; without them it is a user like others."
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()): raise OSError(ctypes.get_errno(), "capset")
+
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+            os.chdir(job["cwd"])
+            os.environ.update(job["env"])
+            for name, fd in (("out", 1), ("err", 2)): os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), fd)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            if job["powerless"]: lay_down_powers()
+            code = getattr(importlib.import_module(job["module"]), job["function"])(*job["args"], **job["kwargs"]) or 0
+        except SystemExit as e: code = e.code if isinstance(e.code, int) else e.code is not None
+        except BaseException: traceback.print_exc()
+        finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Forks:
+    "A process that has done something once, such as imports, and forks."
+    def __init__(self, first, **env):
+        self.process = subprocess.Popen([sys.executable, "-c", SERVER, first], env={**os.environ, **env}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, call, *args, cwd, out, err=None, env=(), limit=None, strike=None, how=signal.SIGKILL, powerless=False, **kwargs):
+        """Call `module:function` in a fork; its exit code, as `subprocess` gives it, or None where it was ended after `limit` seconds.
+        `out` and `err` are files for what it says. `strike`, if given, is asked every few milliseconds whether the process is to get the signal `how`. `powerless`: by root as if by somebody else."""
+        module, function = call.split(":")
+        job = {"module": module, "function": function, "args": args, "kwargs": kwargs, "cwd": str(cwd), "env": dict(env), "out": str(out), "err": str(err or out),
+               "powerless": powerless and os.geteuid() == 0}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        if strike is not None:
+            alive = lambda: Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+            while alive() and not strike(): time.sleep(.003)
+            try: os.kill(pid, how)
+            except ProcessLookupError: pass
+        late = limit is not None and not select.select([self.process.stdout], [], [], limit)[0]
+        if late: os.killpg(pid, signal.SIGKILL)
+        code = int(self.process.stdout.readline())
+        return None if late else code
+
+    def close(self):
+        self.process.stdin.close()
+        try: self.process.wait(60)
+        except subprocess.TimeoutExpired: self.process.kill()
