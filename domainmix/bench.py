@@ -16,7 +16,7 @@ import numpy as np, torch
 # %% ../nbs/75_bench.ipynb #449253b8
 from . import __version__
 from .bench_training import bench_input, bench_step, input_text, measured, step_text
-from .core import DomainMixError, bf16_is_fast, compiled, generator, pick_device, save_json
+from .core import DomainMixError, bf16_is_fast, compiled, generator, int8_is_fast, pick_device, save_json
 from .evaluate import _chunk_places, rank
 from .knn import best_by_rows, clouds, knn, offer, unit
 from .neighbours import jaccard_graph
@@ -30,7 +30,7 @@ def machine(threads: int, # in use
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         with open("/proc/cpuinfo") as f: cpu = next((line.partition(":")[2].strip() for line in f if line.startswith("model name")), cpu)
-    found = dict(cpu=cpu, cores=os.cpu_count(), threads=threads, simd=torch.backends.cpu.get_cpu_capability(), bf16=bf16_is_fast(device),
+    found = dict(cpu=cpu, cores=os.cpu_count(), threads=threads, simd=torch.backends.cpu.get_cpu_capability(), bf16=bf16_is_fast(device), int8=int8_is_fast(device),
                  numba=compiled(offer) is not None, python=platform.python_version(), torch=torch.__version__, domainmix=__version__)
     return found | (dict(gpu=torch.cuda.get_device_name(device)) if device.type == "cuda" else {})
 

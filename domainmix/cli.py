@@ -142,7 +142,7 @@ class Bench:
     what: tuple[str, ...] = tuple(SUITES) # which: stage1, ranking, growth, shortlist, input, step
     n: int = 12936                  # images of stage1 and shortlist
     dim: int = 2048                 # length of a feature
-    methods: tuple[str, ...] = ("auto",) # of finding neighbours: auto, fp32, bf16, faiss, pca
+    methods: tuple[str, ...] = ("auto",) # of finding neighbours: auto, fp32, bf16, int8, faiss, pca
     queries: int = 3368             # of ranking
     gallery: int = 15913
     sizes: tuple[int, ...] = (2000, 4000, 8000, 16000, 32621, 65000, 132145) # of growth

@@ -100,7 +100,7 @@ class ClusterConfig:
     eps_gap: float = 0.02           # how much tighter and looser the two other clusterings are
     min_samples: int | None = None  # neighbours of a core point, itself included; None: 4, with short lists 3
     reliability: bool = True        # leave out what the tighter and looser clusterings contradict
-    neighbours: Literal["auto", "fp32", "bf16", "faiss", "pca"] = "auto"  # how they are found, see `knn`
+    neighbours: Literal["auto", "fp32", "bf16", "int8", "faiss", "pca"] = "auto"  # how they are found, see `knn`
 
     def resolved(self,
                  n: int # images

@@ -3,7 +3,6 @@
 Every command runs in a process of its own. To spare the seconds that importing torch takes, these are
 forked from one process that has imported everything and done nothing.
 """
-import json
 import os
 import re
 import shutil
