@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAIL', 'BODIES', 'MOST_DOMAINS', 'OSNET_FILES', 'PUBLISHED', 'LAST_LAYERS', 'GhostBatchNorm', 'WholeBatchNorm',
            'WholeBatchNormOnGPUs', 'DomainBatchNorm', 'IBN', 'Block', 'small_body', 'resnet50_body', 'timm_body',
-           'BackboneConfig', 'ReIDNet', 'n_parameters', 'build_backbone', 'to_ghost_bn', 'to_domain_bn',
+           'BackboneConfig', 'Metric', 'ReIDNet', 'n_parameters', 'build_backbone', 'to_ghost_bn', 'to_domain_bn',
            'from_domain_bn', 'set_bn_domain', 'load_backbone', 'load_published']
 
 # %% ../nbs/20_backbone.ipynb #20a0df42
@@ -298,6 +298,24 @@ class BackboneConfig:
     last_stride: int = 1     # small and resnet50: of the last stage; 1 keeps the map tall
     weights: str = "none"    # none, imagenet, or a file (.safetensors or .pth)
 
+# %% ../nbs/20_backbone.ipynb #f7088489
+class Metric(nn.Module):
+    "Features less a mean, and shrunk in some directions."
+    def __init__(
+        self,
+        mean: Tensor,      # (D,)
+        axes: Tensor,      # (D, k), orthonormal columns
+        shrink: Tensor,    # (k,) what is taken from each: 0 nothing, 1 all of it
+    ):
+        super().__init__()
+        for name, value in (("mean", mean), ("axes", axes), ("shrink", shrink)):
+            self.register_buffer(name, value.detach().clone().float())
+
+    def forward(self, feature: Tensor) -> Tensor:
+        "(B, D) of length one -> (B, D) of length one."
+        x = feature - self.mean
+        return F.normalize(x - (x @ self.axes * self.shrink) @ self.axes.T)
+
 # %% ../nbs/20_backbone.ipynb #54392af9
 class ReIDNet(nn.Module):
     "A body, an average over horizontal stripes, and a BN neck."
@@ -313,6 +331,7 @@ class ReIDNet(nn.Module):
         self.body, self.stripes, self.feature_dim = body, stripes, channels * stripes
         self.neck = nn.BatchNorm1d(self.feature_dim)
         self.neck.bias.requires_grad_(False)
+        self.metric = nn.ModuleDict()   # of 'raw' or 'neck' features: a `Metric`, where one was learned
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "(B, 3, H, W) -> the feature before and after the neck, each (B, S * C), one stripe after the other."
@@ -325,10 +344,11 @@ class ReIDNet(nn.Module):
         return raw, self.neck(raw)
 
     def embed(self, x: Tensor, feature: str = "neck") -> Tensor:
-        "(B, 3, H, W) -> (B, S * C), the neck's output at length one; with feature='raw', its input."
+        "(B, 3, H, W) -> (B, S * C), the neck's output at length one; with feature='raw', its input; through the metric, if it has one."
         if feature not in ("raw", "neck"):
             raise DomainMixError(f"unknown feature {feature!r}", "use neck, the one after the BN neck, or raw, the one before it")
-        return F.normalize(self(x)[feature == "neck"])
+        f = F.normalize(self(x)[feature == "neck"].float())
+        return self.metric[feature](f) if feature in self.metric else f
 
 # %% ../nbs/20_backbone.ipynb #90b605a4
 def n_parameters(
@@ -508,6 +528,17 @@ def _empty(config: BackboneConfig, domains: int) -> ReIDNet:
     return to_domain_bn(net, domains) if domains else net
 
 
+def _add_metrics(net: ReIDNet, state: dict[str, Tensor]) -> ReIDNet:
+    "`net` with room for the metrics that `state` has, as large as its features make them."
+    for kind in ("raw", "neck"):
+        if (axes := state.get(f"metric.{kind}.axes")) is not None:
+            k = min(axes.shape[-1], net.feature_dim) if axes.ndim else 0
+            d = net.feature_dim
+            device = net.neck.weight.device
+            net.metric[kind] = Metric(*(torch.zeros(size, device=device) for size in ((d,), (d, k), (k,))))
+    return net
+
+
 def load_backbone(
     config: BackboneConfig,      # of the network that was saved
     state: dict[str, Tensor],    # its state dict, of any kind of BN
@@ -518,8 +549,8 @@ def load_backbone(
         raise DomainMixError(f"the state dict has the BN of {domains:,} domains", f"a network of this kit has at most {MOST_DOMAINS}: give one")
     if config.name == "small":   # its width is what a file's header says: no memory before the sizes agree
         with torch.device("meta"):
-            _fit(_empty(config, domains), state, "the state dict")
-    net = _empty(config, domains)
+            _fit(_add_metrics(_empty(config, domains), state), state, "the state dict")
+    net = _add_metrics(_empty(config, domains), state)
     _load(net, state, "the state dict")
     return net
 
@@ -590,7 +621,7 @@ def load_published(
         source = _fetch(config.name) if config.weights == "imagenet" else Path(config.weights)
         state = _read(source)
         if any(k.startswith("body.") for k in state):
-            _load(net, state, str(source))
+            _load(net, {k: v for k, v in state.items() if not k.startswith("metric.")}, str(source))    # training would leave it behind
             return []
     ours = net.body.state_dict()
     dropped = [k for k in state if k.startswith(LAST_LAYERS) and k not in ours]

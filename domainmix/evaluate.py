@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['same_pid', 'count_nearer', 'count_places', 'Ranking', 'rank', 'RankedList', 'ranked_list', 'extract', 'evaluate',
-           'domain_probe']
+           'domain_probe', 'within_scatter', 'learn_metric']
 
 # %% ../nbs/50_evaluate.ipynb #08ccecce
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,10 @@ from .core import DomainMixError, compiled, generator, pick_device
 from .parallel import once
 from .data import Records
 from .batches import Pile
-from .knn import products, true_products, unit
+from .knn import camera_centre, products, true_products, unit
 from .loop import embed_images
+from .backbone import Metric
+from .pseudolabel import ClusterConfig, cluster
 from .rerank import Rerank, reranked
 
 # %% ../nbs/50_evaluate.ipynb #d7791cad
@@ -276,3 +278,30 @@ def domain_probe(features: Sequence | Mapping,             # (N_d, D) of each do
     target = lambda parts: torch.arange(len(parts)).repeat_interleave(len(parts[0]))
     w, b = _fit_linear((torch.cat(train) - mean) / std, target(train), len(names), penalty, iterations)
     return float((((torch.cat(test) - mean) / std @ w + b).argmax(1) == target(test)).double().mean())
+
+# %% ../nbs/50_evaluate.ipynb #f017aab6
+def within_scatter(features: torch.Tensor, # (N, D)
+                   label: torch.Tensor     # int64 (N,), -1 where there is none
+                  ) -> torch.Tensor:       # (D, D)
+    "The covariance of features about the mean of their class."
+    x = features[label >= 0]
+    _, own, size = label[label >= 0].unique(return_inverse=True, return_counts=True)
+    if len(x) <= len(size): raise DomainMixError(f"{len(x)} images in {len(size)} classes show no difference within one", "give more images of each person")
+    x = x - (x.new_zeros(len(size), x.shape[1]).index_add_(0, own, x) / size[:, None])[own]
+    return x.T @ x / (len(x) - len(size))
+
+def learn_metric(features: torch.Tensor | np.ndarray,  # (N, D), of unlabelled images
+                 camera: np.ndarray | None = None,     # int (N,), -1 where unknown: clusters are made without their camera's mean
+                 label: np.ndarray | None = None,      # int (N,), -1 for none; None: clusters of these features
+                 ridge: float = 10.,                   # lambda, in mean eigenvalues
+                 axes: int = 128                       # directions that are kept, those of most scatter
+                ) -> Metric:
+    "The mean of features, and the directions in which those of one person differ."
+    x = unit(features).cpu().float()
+    if not ridge > 0 or axes < 1: raise DomainMixError(f"ridge={ridge}, axes={axes}", "give a ridge above 0 and at least one axis")
+    if label is None:
+        known = camera is not None and (np.asarray(camera) >= 0).any()
+        label = cluster(camera_centre(x, camera) if known else x, ClusterConfig(eps=.55, reliability=False)).labels
+    w, v = torch.linalg.eigh(within_scatter(x, torch.as_tensor(label).long()))
+    w, v = w.clamp(min=0).flip(0), v.flip(1)
+    return Metric(x.mean(0), v[:, :axes], 1 - (1 + w[:axes] / (ridge*w.mean()).clamp(min=1e-12))**-.5)

@@ -11,8 +11,8 @@ __all__ = ['PAPER', 'TRAININGS', 'DOWN', 'CLUSTERING', 'SMALL', 'PRESETS', 'METH
            'stage2', 'stage3', 'as_used', 'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned',
            'progress', 'changed_images', 'claim', 'label_statistics', 'scores', 'metrics', 'load_config', 'describe',
            'run', 'run_folder', 'result_text', 'labels_text', 'label', 'find_net', 'open_net', 'home_of', 'run_of',
-           'evaluate_model', 'embed', 'write_features', 'quoted', 'row', 'table', 'cell', 'table_text', 'gains_text',
-           'demo', 'value', 'report_errors', 'main']
+           'evaluate_model', 'embed', 'write_features', 'quoted', 'tune', 'row', 'table', 'cell', 'table_text',
+           'gains_text', 'demo', 'value', 'report_errors', 'main']
 
 # %% ../nbs/60_pipeline.ipynb #016bb67f
 import argparse, contextlib, difflib, errno, json, os, shutil, sys, time, warnings
@@ -38,7 +38,7 @@ from .pseudolabel import PseudoLabels, alone, label_quality, load_labels, pseudo
 from .spcl import SpCLConfig
 from .trainer import DomainConfig, TrainConfig, train, train_invariant
 from .labellers import LABELLERS, MMTConfig, PlainConfig
-from .evaluate import domain_probe, evaluate, extract
+from .evaluate import domain_probe, evaluate, extract, learn_metric
 
 # %% ../nbs/60_pipeline.ipynb #99b8a8f7
 @dataclass
@@ -852,6 +852,25 @@ def write_features(out: str | Path,      # the .npy file; a .csv with the paths 
     return features
 
 def quoted(text: str) -> str: return '"' + text.replace('"', '""') + '"' if any(c in text for c in '",\n\r') else text
+
+# %% ../nbs/60_pipeline.ipynb #b79db4d3
+def tune(model: str | Path,      # what `find_net` finds
+         images: str,            # a data set, unlabelled: folder:DIR, market1501:DIR, ...; its training part is used
+         out: str | Path,        # the .safetensors file to write
+         pattern: str | None = None, # for a folder: set, to tell cameras apart
+         ridge: float = 10.,     # of `learn_metric`
+         config: RunConfig | None = None, # the architecture, for a file that does not say
+         skip_bad: bool = False,
+         feature: str | None = None, # neck or raw; None: as the model's run did
+         flip: bool | None = None, # average with the mirror image's feature; None: as the model's run did
+         device: str = "auto", data: str = "data") -> Path:
+    "The network with a metric that is learned from unlabelled images; no weight of it is changed."
+    path, (net, height, width), made = find_net(model, data), open_net(model, config, data), run_of(model, data, feature=feature, flip=flip, device=device)
+    part = read_inputs(configure(real=images, pattern=pattern, height=height, width=width, skip_bad=skip_bad, data=data, world=made.world), ("real",)).real
+    net.metric.pop(made.feature) if made.feature in net.metric else None      # learned anew, not on top
+    net.metric[made.feature] = learn_metric(extract(net, part.images, **as_used(made)), part.records.camera, ridge=ridge)
+    architecture = about_weights(path).get("backbone") or to_dict((config or made).net)
+    return save_weights(Path(out).with_suffix(".safetensors"), net.cpu(), backbone=architecture, height=height, width=width, feature=made.feature, flip=made.flip)
 
 # %% ../nbs/60_pipeline.ipynb #8f2b98c7
 SCORES = ("mAP", "rank1", "rank5", "rank10", "domain_probe", "mAP_trapezoid", "mINP")
