@@ -30,6 +30,7 @@ from .export import embed_onnx, export
 from .presets import preset as preset_of, presets_text, there
 from .tables import load_table, run_table, summary_html, summary_text
 from .results import Results, run_report
+from .rerank import Rerank
 from .pages import notebook_report
 from .runs import Live, compare, compare_text, list_runs, runs_text, tensorboard
 from .pipeline import (tune, DEMO, DEMO_SEEDS, METHODS, TABLE, RunConfig, configure, embed, evaluate_model, gains_text, label, labels_text,
@@ -69,6 +70,8 @@ class Evaluate:
     flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run did
     device: str = "auto"            # auto, cpu, cuda
     data: str = "data"              # where runs/ and the decoded images lie
+    centre_cameras: bool = False    # take off each feature the mean of its camera's: no label is used, but all pictures of the target at once
+    rerank: bool = False            # order by k-reciprocal neighbours too, as papers that compare do not
     out: str | None = None          # write the scores here too (.json)
 
 @dataclass
@@ -234,7 +237,8 @@ def in_common(args: Evaluate | Embed | Tune) -> dict:
     return {k: getattr(args, k) for k in ("skip_bad", "feature", "flip", "device", "data")}
 
 def do_evaluate(args: Evaluate) -> None:
-    scores = evaluate_model(args.model, args.target, args.pattern, architecture(args), **in_common(args))
+    scores = evaluate_model(args.model, args.target, args.pattern, architecture(args), **in_common(args),
+                            centre_cameras=args.centre_cameras, rerank=Rerank() if args.rerank else None)
     for k, v in scores.items(): print(f"{k:<14}{f'{100*v:.1f} %' if isinstance(v, float) else f'{v:,}'}")
     if args.out: print(save_json(args.out, scores))
 

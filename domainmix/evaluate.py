@@ -226,11 +226,17 @@ def evaluate(net: torch.nn.Module,        # has `embed`
              flip: bool = False,          # average with the mirrored image
              precision: str = "fp32",     # of the network
              feature: str = "neck",       # after the BN neck, or 'raw', before it
-             topk: int = 20               # length of the CMC curve
+             topk: int = 20,              # length of the CMC curve
+             centre_cameras: bool = False, # take the mean of its camera off each feature: all of the target's pictures are needed at once
+             rerank: Rerank | None = None # order by k-reciprocal neighbours too
             ) -> dict[str, float]:
     "mAP, rank1, rank5, rank10, mINP, mAP_trapezoid, and how many queries counted and were skipped."
+    camera = np.concatenate([query_records.camera, gallery_records.camera])
+    if centre_cameras and (camera < 0).all():
+        raise DomainMixError("the cameras of the target are to be centred, and none is known", "give --pattern with a group camera, or leave --centre-cameras out")
     q, g = (extract(net, i, batch, device, flip, precision, feature) for i in (query_images, gallery_images))
-    return once(lambda: rank(q, g, query_records.pid, gallery_records.pid, query_records.camera, gallery_records.camera, topk).metrics())
+    if centre_cameras: q, g = camera_centre(np.concatenate([q, g]), camera).split([len(q), len(g)])
+    return once(lambda: rank(q, g, query_records.pid, gallery_records.pid, query_records.camera, gallery_records.camera, topk, rerank=rerank).metrics())
 
 # %% ../nbs/50_evaluate.ipynb #abda78fa
 def _halves(n: int, pid: np.ndarray | None, g: torch.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -817,12 +817,14 @@ def evaluate_model(model: str | Path,             # what `find_net` finds
                    skip_bad: bool = False,
                    feature: str | None = None,    # neck or raw; None: as the model's run did
                    flip: bool | None = None,      # average with the mirror image's feature; None: as the model's run did
-                   device: str = "auto", data: str = "data") -> dict:
+                   device: str = "auto", data: str = "data",
+                   **how: Any                     # of `evaluate`: centre_cameras, rerank
+                  ) -> dict:
     "Scores of a trained network on a target."
     (net, height, width), made = open_net(model, config, data), run_of(model, data, feature=feature, flip=flip, device=device)
     inputs = read_inputs(configure(target=target, pattern=pattern, height=height, width=width, skip_bad=skip_bad, data=data,
                                    world=made.world), ("target",))
-    return ranking(inputs.query, inputs.gallery, net, **as_used(made))
+    return ranking(inputs.query, inputs.gallery, net, **as_used(made), **how)
 
 # %% ../nbs/60_pipeline.ipynb #097eb387
 def embed(model: str | Path,      # what `find_net` finds
