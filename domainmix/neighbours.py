@@ -113,8 +113,10 @@ def _pair_similarity(x: torch.Tensor, pattern: sparse.csr_array, rank, similarit
     if similarity is None: s, missing = np.empty(len(row), np.float32), np.ones(len(row), bool)
     elif loop is None: s, missing = look_up_by_arrays(pattern.indptr, pattern.indices, rank, similarity)
     else: s, missing = loop(*(unsigned(np.ascontiguousarray(a)) for a in (pattern.indptr, pattern.indices, rank, similarity)))
-    i, j = (torch.from_numpy(a[missing]).to(x.device) for a in (row, pattern.indices))
-    s[missing] = pair_products(x, i, j).cpu().numpy()
+    where = missing.nonzero()[0]
+    if rank is not None: where = where[rank[row[where], :8].min(1).argsort(kind="stable")]   # rows that share their nearest one after another: they are in the cache
+    i, j = (torch.from_numpy(a[where]).to(x.device) for a in (row, pattern.indices))
+    s[where] = pair_products(x, i, j).cpu().numpy()
     return s
 
 # %% ../nbs/30_neighbours.ipynb #d0e2ac34
