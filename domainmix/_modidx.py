@@ -209,6 +209,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                'domainmix.cli.Embed': ('cli.html#embed', 'domainmix/cli.py'),
                                'domainmix.cli.Evaluate': ('cli.html#evaluate', 'domainmix/cli.py'),
                                'domainmix.cli.Export': ('cli.html#export', 'domainmix/cli.py'),
+                               'domainmix.cli.Featured': ('cli.html#featured', 'domainmix/cli.py'),
                                'domainmix.cli.Label': ('cli.html#label', 'domainmix/cli.py'),
                                'domainmix.cli.Presets': ('cli.html#presets', 'domainmix/cli.py'),
                                'domainmix.cli.Report': ('cli.html#report', 'domainmix/cli.py'),

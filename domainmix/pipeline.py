@@ -869,7 +869,7 @@ def tune(model: str | Path,      # what `find_net` finds
     "The network with a metric that is learned from unlabelled images; no weight of it is changed."
     path, (net, height, width), made = find_net(model, data), open_net(model, config, data), run_of(model, data, feature=feature, flip=flip, device=device)
     part = read_inputs(configure(real=images, pattern=pattern, height=height, width=width, skip_bad=skip_bad, data=data, world=made.world), ("real",)).real
-    net.metric.pop(made.feature) if made.feature in net.metric else None      # learned anew, not on top
+    if made.feature in net.metric: del net.metric[made.feature]               # learned anew, not on top
     net.metric[made.feature] = learn_metric(extract(net, part.images, **as_used(made)), part.records.camera, ridge=ridge)
     architecture = about_weights(path).get("backbone") or to_dict((config or made).net)
     return save_weights(Path(out).with_suffix(".safetensors"), net.cpu(), backbone=architecture, height=height, width=width, feature=made.feature, flip=made.flip)
