@@ -8,6 +8,7 @@ __all__ = ['PATIENCE', 'BUCKET', 'start', 'same_kind', 'everyone', 'once', 'firs
            'AcrossBatchNorm', 'level']
 
 # %% ../nbs/05_parallel.ipynb #edff7ba7
+import atexit
 import contextlib
 import os
 import sys
@@ -39,6 +40,7 @@ def start(
     PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
     if ranks()[1] != asked:
         raise DomainMixError(f"{asked} processes were started, and {ranks()[1]} found each other", "start them by torchrun; its --rdzv_endpoint must be the same on all machines")
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())   # else gloo's threads may abort a process that has done its work
     same_kind(device)
     if ranks()[0]: sys.stdout = open(os.devnull, "w")      # the first speaks for all
     return ranks()
