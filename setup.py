@@ -35,6 +35,7 @@ setup(
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
+    package_data={cfg["lib_path"]: ["*.safetensors"]},  # the outlines of people, learned by nbs/15_silhouette.ipynb
     python_requires=">=" + cfg["min_python"],
     install_requires=words("requirements"),
     extras_require={

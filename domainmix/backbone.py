@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TAIL', 'BODIES', 'MOST_DOMAINS', 'OSNET_FILES', 'PUBLISHED', 'LAST_LAYERS', 'GhostBatchNorm', 'WholeBatchNorm',
            'WholeBatchNormOnGPUs', 'DomainBatchNorm', 'IBN', 'Block', 'small_body', 'resnet50_body', 'timm_body',
-           'BackboneConfig', 'Metric', 'ReIDNet', 'n_parameters', 'build_backbone', 'to_ghost_bn', 'to_domain_bn',
-           'from_domain_bn', 'set_bn_domain', 'load_backbone', 'load_published']
+           'BackboneConfig', 'Metric', 'Person', 'Both', 'ReIDNet', 'n_parameters', 'build_backbone', 'to_ghost_bn',
+           'to_domain_bn', 'from_domain_bn', 'set_bn_domain', 'load_backbone', 'load_published']
 
 # %% ../nbs/20_backbone.ipynb #20a0df42
 import copy
@@ -14,6 +14,7 @@ import difflib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from .core import DomainMixError, generator, load_state, load_weights, ranks
 from .data import shown
 from .osnet import osnet_body
 from .parallel import AcrossBatchNorm, update_running
+from .silhouette import Silhouette, cut_out, silhouette
 
 # %% ../nbs/20_backbone.ipynb #2c00cecd
 TAIL = ("drop", "act")   # what timm's norms do after normalising
@@ -297,6 +299,7 @@ class BackboneConfig:
     ibn: bool = True         # small: IBN in the first three stages
     last_stride: int = 1     # small and resnet50: of the last stage; 1 keeps the map tall
     weights: str = "none"    # none, imagenet, or a file (.safetensors or .pth)
+    view: Literal["whole", "person", "both"] = "whole" # what it sees: the whole image, the person cut out of it, or both, by a body each
 
 # %% ../nbs/20_backbone.ipynb #f7088489
 class Metric(nn.Module):
@@ -316,38 +319,78 @@ class Metric(nn.Module):
         x = feature - self.mean
         return F.normalize(x - (x @ self.axes * self.shrink) @ self.axes.T)
 
+# %% ../nbs/20_backbone.ipynb #4b09316c
+class Person(nn.Module):
+    "A body that sees the person alone."
+    def __init__(
+        self,
+        body: nn.Module,         # (B, 3, H, W) -> (B, C, h, w)
+        outline: Silhouette,     # fixed
+    ):
+        super().__init__()
+        self.body, self.outline = body, outline
+
+    def forward(self, x: Tensor) -> Tensor:
+        "(B, 3, H, W) -> (B, C, h, w), of what `cut_out` leaves of the images."
+        with torch.no_grad():
+            mask = self.outline(x)
+            with torch.autocast(x.device.type, enabled=False):
+                alone = cut_out(x.float(), mask.float())
+        return self.body(alone.contiguous(memory_format=ReIDNet.layout))
+
+
+class Both(nn.Module):
+    "Two bodies: one for the whole image, one for the person."
+    def __init__(
+        self,
+        whole: nn.Module,     # (B, 3, H, W) -> (B, C, h, w)
+        person: nn.Module,    # the same
+    ):
+        super().__init__()
+        self.whole, self.person = whole, person
+
+    def forward(self, x: Tensor) -> Tensor:
+        "(B, 3, H, W) -> (B, 2 C, h, w)."
+        return torch.cat([self.whole(x), self.person(x)], 1)
+
 # %% ../nbs/20_backbone.ipynb #54392af9
 class ReIDNet(nn.Module):
-    "A body, an average over horizontal stripes, and a BN neck."
+    "A body or two, an average over horizontal stripes, and a BN neck."
     layout = torch.channels_last   # of its maps; `loop.laid_out` chooses another
 
     def __init__(
         self,
-        body: nn.Module,      # (B, 3, H, W) -> (B, C, h, w)
+        body: nn.Module,      # (B, 3, H, W) -> (B, V * C, h, w)
         channels: int,        # C
         stripes: int = 4,     # S
+        views: int = 1,       # V, the parts of the feature that are trained each for itself
     ):
         super().__init__()
-        self.body, self.stripes, self.feature_dim = body, stripes, channels * stripes
+        self.body, self.stripes, self.views, self.feature_dim = body, stripes, views, views * channels * stripes
         self.neck = nn.BatchNorm1d(self.feature_dim)
         self.neck.bias.requires_grad_(False)
         self.metric = nn.ModuleDict()   # of 'raw' or 'neck' features: a `Metric`, where one was learned
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        "(B, 3, H, W) -> the feature before and after the neck, each (B, S * C), one stripe after the other."
+        "(B, 3, H, W) -> the feature before and after the neck, each (B, V * S * C): one view after the other, and in it one stripe after the other."
         if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
             raise DomainMixError(f"the images are {x.dtype} of shape {tuple(x.shape)}", "give normalised images, float (B, 3, H, W)")
-        maps = self.body(x.contiguous(memory_format=self.layout))
-        if maps.shape[2] < self.stripes:
-            raise DomainMixError(f"{self.stripes} stripes of a map of {maps.shape[2]} rows, from images of {x.shape[2]} rows", "use fewer stripes or taller images")
-        raw = F.adaptive_avg_pool2d(maps, (self.stripes, 1)).float()[..., 0].mT.flatten(1)
+        raw = self.pool(self.body(x.contiguous(memory_format=self.layout)))
         return raw, self.neck(raw)
 
+    def pool(self, maps: Tensor) -> Tensor:
+        "(B, V * C, h, w) -> (B, V * S * C)."
+        if maps.shape[2] < self.stripes:
+            raise DomainMixError(f"{self.stripes} stripes of a map of {maps.shape[2]} rows", "use fewer stripes or taller images")
+        stripes = F.adaptive_avg_pool2d(maps, (self.stripes, 1)).float()[..., 0]
+        return stripes.unflatten(1, (self.views, -1)).mT.flatten(1)
+
     def embed(self, x: Tensor, feature: str = "neck") -> Tensor:
-        "(B, 3, H, W) -> (B, S * C), the neck's output at length one; with feature='raw', its input; through the metric, if it has one."
+        "(B, 3, H, W) -> (B, V * S * C), the neck's output at length one; with feature='raw', its input; through the metric, if it has one."
         if feature not in ("raw", "neck"):
             raise DomainMixError(f"unknown feature {feature!r}", "use neck, the one after the BN neck, or raw, the one before it")
-        f = F.normalize(self(x)[feature == "neck"].float())
+        f = self(x)[feature == "neck"].float()
+        f = F.normalize(f.unflatten(1, (self.views, -1)), dim=2).flatten(1) / self.views ** .5
         return self.metric[feature](f) if feature in self.metric else f
 
 # %% ../nbs/20_backbone.ipynb #90b605a4
@@ -359,9 +402,9 @@ def n_parameters(
     return sum(p.numel() for p in net.parameters() if p.requires_grad or not trained)
 
 
-def _draw_weights(net: nn.Module, seed: int) -> None:
+def _draw_weights(net: nn.Module, seed: int, *whose) -> None:
     "He initialisation from a generator of its own: building a network disturbs no other random numbers."
-    g = generator(seed, "backbone")
+    g = generator(seed, "backbone", *whose)
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu", generator=g)
@@ -381,8 +424,8 @@ BODIES = {
 }
 
 
-def _body(config: BackboneConfig, seed: int) -> tuple[nn.Module, int]:
-    "The body that `config` describes, with drawn weights, and its channels."
+def _body(config: BackboneConfig, seed: int, *whose) -> tuple[nn.Module, int]:
+    "The body that `config` describes, with drawn weights, and its channels; `whose`: drawn otherwise for the second of two."
     if not config.name.startswith("timm:") and config.name not in BODIES:
         raise DomainMixError(f"no backbone is called {config.name!r}", f"use one of {', '.join(BODIES)}, or timm:NAME for one of timm's")
     for name, most in (("width", 512), ("stripes", 256), ("last_stride", 2)):
@@ -394,8 +437,18 @@ def _body(config: BackboneConfig, seed: int) -> tuple[nn.Module, int]:
         return timm_body(config.name.removeprefix("timm:"), seed)
     with torch.random.fork_rng(devices=[]):   # layers draw weights when they are made; those are drawn again
         body, channels = BODIES[config.name](config)
-    _draw_weights(body, seed)
+    _draw_weights(body, seed, *whose)
     return body, channels
+
+# %% ../nbs/20_backbone.ipynb #a1f2d3b7
+def _views(config: BackboneConfig, seed: int) -> tuple[nn.Module, int]:
+    "The body, or two, of what `config.view` asks for, and the channels of one."
+    if config.view not in ("whole", "person", "both"):
+        raise DomainMixError(f"view is {config.view!r}", "use whole, person or both")
+    whole, channels = _body(config, seed)
+    if config.view == "whole": return whole, channels
+    if config.view == "person": return Person(whole, silhouette()), channels
+    return Both(whole, Person(_body(config, seed, "person")[0], silhouette())), channels
 
 
 def build_backbone(
@@ -403,7 +456,7 @@ def build_backbone(
     seed: int = 0,            # for weights that are drawn
 ) -> ReIDNet:                 # on the CPU, channels_last, in training mode
     "The network that `config` describes."
-    net = ReIDNet(*_body(config, seed), config.stripes)
+    net = ReIDNet(*_views(config, seed), config.stripes, 1 + (config.view == "both"))
     if config.weights != "none":
         load_published(net, config)
     return net.to(memory_format=torch.channels_last)
@@ -607,6 +660,14 @@ def _read(path: str | Path) -> dict[str, Tensor]:
     return {k.removeprefix("module."): v for k, v in state.items()}
 
 
+def _bodies(net: ReIDNet) -> list[nn.Module]:
+    "The bodies of a network, as published ones are."
+    match net.body:
+        case Both(whole=whole, person=person): return [whole, person.body]
+        case Person(body=body): return [body]
+        case body: return [body]
+
+
 LAST_LAYERS = ("fc.", "classifier.", "head.", "last_linear.")   # as published networks call them
 
 
@@ -623,8 +684,9 @@ def load_published(
         if any(k.startswith("body.") for k in state):
             _load(net, {k: v for k, v in state.items() if not k.startswith("metric.")}, str(source))    # training would leave it behind
             return []
-    ours = net.body.state_dict()
-    dropped = [k for k in state if k.startswith(LAST_LAYERS) and k not in ours]
-    _load(net.body, {k: v for k, v in state.items() if k not in dropped}, str(source))
+    for body in _bodies(net):
+        ours = body.state_dict()
+        dropped = [k for k in state if k.startswith(LAST_LAYERS) and k not in ours]
+        _load(body, {k: v for k, v in state.items() if k not in dropped}, str(source))
     print(f"{os.path.basename(source)}: loaded{', without its last layers ' + ', '.join(dropped) if dropped else ''}")
     return dropped

@@ -19,7 +19,6 @@ from unittest.mock import patch
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 # %% ../nbs/74_bench_training.ipynb #74000003
 from .backbone import BackboneConfig, ReIDNet, build_backbone
@@ -221,10 +220,10 @@ class AsItComes(nn.Module):
     "A `ReIDNet` that leaves images in the layout they have."
     def __init__(self, net: ReIDNet):
         super().__init__()
-        self.net = net
+        self.net, self.views = net, net.views
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        raw = F.adaptive_avg_pool2d(self.net.body(x), (self.net.stripes, 1)).float()[..., 0].mT.flatten(1)
+        raw = self.net.pool(self.net.body(x))
         return raw, self.net.neck(raw)
 
 # %% ../nbs/74_bench_training.ipynb #74000032

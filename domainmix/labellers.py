@@ -26,7 +26,7 @@ from .losses import hardest, id_loss, triplet_loss
 from .parallel import gathered, mean_gradients
 from .pseudolabel import ClusterConfig, Clusters
 from .spcl import Labels, Mixture, SpCLConfig, adapt, epoch_line, regroup, run_key
-from .trainer import Classifying, Feed, TrainConfig, backbone_loss, first_classifier
+from .trainer import Classifying, Feed, TrainConfig, backbone_loss, class_scores, first_classifier, over_views
 
 # %% ../nbs/41_labellers.ipynb #b0d1a81a
 @dataclass
@@ -107,7 +107,7 @@ class Learner:
 
     def begin(self, data: TrainSet, features: Tensor, rng: torch.Generator) -> None:
         "Start an epoch on `data`, whose `features` (N, D) are those of `best`."
-        if self.config.init_classifier == "means": rows = class_means(features, data.label.to(self.device), data.n_classes)
+        if self.config.init_classifier == "means": rows = self.net.views ** .5 * class_means(features, data.label.to(self.device), data.n_classes)
         else: rows = first_classifier(self.net, data, self.config, rng, self.device)
         self.model = Classifying(self.net, rows).to(self.device).train()
         self.average_classifier = averaged(self.model.classifier, self.config.ema)
@@ -115,11 +115,11 @@ class Learner:
 
     @torch.no_grad()
     def teach(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        "What the average thinks: features before the neck (B, D), class scores (B, n)."
+        "What the average thinks: features before the neck (B, D), class scores (V * B, n) as of `class_scores`."
         self.average.train()
         with autocast(self.device, self.config.precision):
             raw, neck = self.average(image)
-            return raw.float(), self.average_classifier(neck).float()
+            return raw.float(), class_scores(neck, self.average_classifier.module.weight, self.net.views).float()
 
     def step(self, loss: Tensor, lr: float) -> None:
         "A step down, and the average follows."
@@ -258,15 +258,17 @@ def mutual_loss(
     model: Classifying,
     image: Tensor,                     # (B, 3, H, W) float
     label: Tensor,                     # (B,) clusters
-    heard: tuple[Tensor, Tensor],      # of the other's teacher: features before the neck (B, D), class scores (B, n)
+    heard: tuple[Tensor, Tensor],      # of the other's teacher: features before the neck (B, D), class scores (V * B, n)
     config: MMTConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]: # what is minimised, and its terms
     "Identity and triplet loss, each partly on the clusters and partly on what the other's teacher says."
     with autocast(image.device, config.precision):
         raw, _, logits = model(image)
-    every, every_label = gathered(raw.float()), gathered(label)
-    terms = dict(id=id_loss(logits, label, config.smoothing, config.temperature), triplet=triplet_loss(every, every_label, config.margin),
-                 soft_id=soft_id_loss(logits, heard[1], config.temperature), soft_triplet=soft_triplet_loss(every, gathered(heard[0]), every_label))
+    every, every_label, views = gathered(raw.float()), gathered(label), model.net.views
+    terms = dict(id=id_loss(logits, label.repeat(views), config.smoothing, config.temperature),
+                 triplet=over_views(lambda f: triplet_loss(f, every_label, config.margin), views, every),
+                 soft_id=soft_id_loss(logits, heard[1], config.temperature),
+                 soft_triplet=over_views(lambda f, other: soft_triplet_loss(f, other, every_label), views, every, gathered(heard[0])))
     identity, triplet = ((1 - share) * terms[name] + share * terms[f"soft_{name}"]
                          for name, share in (("id", config.soft_id), ("triplet", config.soft_triplet)))
     loss = config.lambda_id * identity + triplet

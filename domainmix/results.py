@@ -228,11 +228,12 @@ def _probe_epochs(self: Results,
 Results._third, Results.probe_epochs = _third, _probe_epochs
 
 # %% ../nbs/71_results.ipynb #235dadc0
-def attention(net: torch.nn.Module,  # with a `body`
+def attention(net: torch.nn.Module,  # a `ReIDNet`
               images: torch.Tensor   # uint8 (N, 3, H, W)
              ) -> np.ndarray:        # float32 (N, h, w), 0 to 1
-    "How strongly each place of an image speaks in its feature."
-    with torch.no_grad(): maps = net.eval().body(normalise(images).contiguous(memory_format=torch.channels_last)).square().mean(1).sqrt()
+    "How strongly each place of an image speaks in its feature; of a network with two views, in that of the whole image."
+    with torch.no_grad(): maps = net.eval().body(normalise(images).contiguous(memory_format=torch.channels_last))
+    maps = maps[:, :maps.shape[1] // net.views].square().mean(1).sqrt()
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return ((maps - low) / (high - low).clamp(min=1e-9)).numpy()
 

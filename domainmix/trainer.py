@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOMAIN_LOSSES', 'TrainConfig', 'DomainConfig', 'discriminates', 'plan', 'Feed', 'mean_features', 'first_classifier',
-           'Classifying', 'compile_net', 'Players', 'Reverse', 'backbone_loss', 'accuracy', 'discriminator_loss',
-           'Trained', 'run_key', 'finished', 'train', 'train_invariant']
+           'class_scores', 'over_views', 'Classifying', 'compile_net', 'Players', 'Reverse', 'backbone_loss',
+           'accuracy', 'discriminator_loss', 'Trained', 'run_key', 'finished', 'train', 'train_invariant']
 
 # %% ../nbs/40_trainer.ipynb #198e1939
 import warnings
@@ -133,9 +133,9 @@ def mean_features(
     data: TrainSet,
     device: torch.device,
     precision: str = "auto",
-) -> Tensor:               # (n_classes, D), rows of length one
+) -> Tensor:               # (n_classes, D), rows whose part of each view has about length one
     "The mean feature of each class, as the network sees it now."
-    return class_means(embed_images(net, data.images, device, precision=precision), data.label.to(device), data.n_classes)
+    return net.views ** .5 * class_means(embed_images(net, data.images, device, precision=precision), data.label.to(device), data.n_classes)
 
 
 def first_classifier(
@@ -153,6 +153,24 @@ def first_classifier(
     real = data.label[(data.domain > 0) & (data.label >= 0)].unique().to(device)
     return rows.index_copy(0, real, means[real])
 
+# %% ../nbs/40_trainer.ipynb #d822e06f
+def class_scores(
+    neck: Tensor,   # (B, D), after the neck
+    rows: Tensor,   # (n, D), of the classifier
+    views: int,     # V, parts of the feature
+) -> Tensor:        # (V * B, n): all of one view, then all of the next
+    "What each view's part of a feature says of its class."
+    return torch.cat([nn.functional.linear(f, w) for f, w in zip(neck.chunk(views, 1), rows.chunk(views, 1))])
+
+
+def over_views(
+    loss: Callable[..., Tensor],  # of features (B, D / V)
+    views: int,                   # V
+    *features: Tensor,            # (B, D) each
+) -> Tensor:
+    "The mean of a loss over the views."
+    return sum(loss(*parts) for parts in zip(*(f.chunk(views, 1) for f in features))) / views
+
 # %% ../nbs/40_trainer.ipynb #dcf423f5
 class Classifying(nn.Module):
     "A backbone and the classifier of its training classes."
@@ -166,9 +184,9 @@ class Classifying(nn.Module):
         self.classifier.weight.data = rows.detach().clone().float()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Images -> feature before the neck (B, D), feature after it (B, D), class scores (B, n)."
+        "Images -> feature before the neck (B, D), feature after it (B, D), class scores (V * B, n) as of `class_scores`."
         raw, neck = self.net(x)
-        return raw, neck, self.classifier(neck)
+        return raw, neck, class_scores(neck, self.classifier.weight, self.net.views)
 
 # %% ../nbs/40_trainer.ipynb #075f015e
 def compile_net(
@@ -258,8 +276,9 @@ def backbone_loss(
     "Eq. (4), and with a discriminator Eq. (11)."
     with autocast(image.device, config.precision):
         raw, neck, logits = model(image)
-    terms = dict(id=id_loss(logits, label, config.smoothing, config.temperature),
-                 triplet=triplet_loss(gathered(raw.float()), gathered(label), config.margin))
+    views, every = model.net.views, gathered(label)
+    terms = dict(id=id_loss(logits, label.repeat(views), config.smoothing, config.temperature),
+                 triplet=over_views(lambda f: triplet_loss(f, every, config.margin), views, gathered(raw.float())))
     loss = config.lambda_id * terms["id"] + terms["triplet"]
     if discriminator is not None:
         feature, domain = gathered((neck if config.feature == "neck" else raw).float()), gathered(domain)

@@ -10,8 +10,8 @@ __all__ = ['PALETTES', 'PATTERNS', 'BAGS', 'CLOTHES', 'FAR', 'NEAR', 'DIM', 'STY
            'take', 'Limb', 'wide', 'Canvas', 'moved', 'capsule', 'rounded', 'project', 'pose_leg', 'pose_arm', 'pose',
            'draw_leg', 'draw_arm', 'body_angle', 'cloth', 'chest', 'trunk', 'folds', 'draw_torso', 'draw_skirt',
            'paint_bag', 'draw_backpack', 'draw_satchel', 'draw_handbag', 'draw_head', 'painters', 'draw_person', 'cut',
-           'add_bystanders', 'background', 'draw_shadow', 'draw_post', 'film', 'Domain', 'draw', 'draw_domain',
-           'WorldConfig', 'draw_world', 'one_query_each', 'test_split', 'source_split', 'toy']
+           'add_bystanders', 'background', 'draw_shadow', 'draw_post', 'film', 'Domain', 'picture', 'outline', 'draw',
+           'draw_domain', 'WorldConfig', 'draw_world', 'one_query_each', 'test_split', 'source_split', 'toy']
 
 # %% ../nbs/10_world.ipynb #e9369071
 import math
@@ -722,13 +722,36 @@ class Domain:
     @property
     def n_ids(self) -> int: return len(self.pid.unique())
 
-# %% ../nbs/10_world.ipynb #4c8b5f1d
+# %% ../nbs/10_world.ipynb #03a7dd11
+def picture(c: Canvas,     # what stands behind the people
+            j: dict,       # their joints
+            who: dict, view: dict, cam: dict, noise: Tensor # as for `film`
+           ) -> Tensor:    # (B, 3, H, W), 0 to 1
+    "A person before a camera, as it takes them."
+    draw_shadow(c, view)
+    draw_person(c, j, who, view)
+    draw_post(c, view)
+    return film(c.image, view, cam, noise).clamp(0, 1)
+
+def outline(c: Canvas,     # only its size counts
+            j: dict, who: dict, view: dict, *_ # as of `picture`
+           ) -> Tensor:    # (B, 1, H, W), 0 to 1
+    "How much of each pixel shows the person: what is painted on black and on white differs where the ground is seen."
+    def hidden(*paint):
+        black, white = (Canvas(torch.full_like(c.image, ground)) for ground in (0., 1.))
+        for p in paint: p(black), p(white)
+        return 1 - (white.image - black.image)[:, :1]
+    person, post = (lambda c: draw_person(c, j, who, view)), (lambda c: draw_post(c, view))
+    return (hidden(person, post) - hidden(post)).clamp(0, 1)
+
+# %% ../nbs/10_world.ipynb #941a1bea
 def draw(people: dict, cameras: dict, scenes: Tensor, views: dict, seen: dict, noise: Tensor,
          size: tuple[int, int] = (64, 32),  # rows and columns
          device: str | torch.device = "cpu",# where to draw
          chunk: int | None = None,          # pictures at once; None: 32 on a CPU, 1,024 elsewhere
-         progress: str = ""                 # what a progress bar says; none without it
-        ) -> Tensor:                        # uint8 (N, 3, H, W), on the CPU
+         progress: str = "",                # what a progress bar says; none without it
+         paint: Callable[..., Tensor] = picture # what is to be seen: `picture`, or `outline`
+        ) -> Tensor:                        # uint8 (N, 3, H, W), on the CPU; of outlines (N, 1, H, W)
     "Draw and film the pictures of a roster."
     device, n = torch.device(device), len(seen["person"])
     chunk = chunk or (32 if device.type == "cpu" else 1024)
@@ -736,16 +759,13 @@ def draw(people: dict, cameras: dict, scenes: Tensor, views: dict, seen: dict, n
     person, camera = seen["person"].to(device), seen["camera"].to(device)
     scenes, noise, views = scenes.to(device), noise.to(device), move(views)
     who, cam = take(move(people), person), take(move(cameras), camera)
-    tables = views, who, cam, pose(who, views, cam)
-    images = torch.empty(n, 3, *size, dtype=torch.uint8)
+    tables = pose(who, views, cam), who, views, cam
+    images = torch.empty(n, 1 if paint is outline else 3, *size, dtype=torch.uint8)
     for start in tqdm(range(0, n, chunk), progress, disable=not progress, leave=False):
         rows = slice(start, start + chunk)
-        view, who, cam, joints = (take(t, rows) for t in tables)
-        c = Canvas(background(scenes, camera[rows], view, size))
-        draw_shadow(c, view)
-        draw_person(c, joints, who, view)
-        draw_post(c, view)
-        images[rows] = (film(c.image, view, cam, noise).clamp(0, 1) * 255).round().byte().cpu()
+        joints, who, view, cam = (take(t, rows) for t in tables)
+        ground = Canvas(background(scenes, camera[rows], view, size))
+        images[rows] = (paint(ground, joints, who, view, cam, noise) * 255).round().byte().cpu()
     return images
 
 # %% ../nbs/10_world.ipynb #205d0be9
@@ -755,7 +775,7 @@ def draw_domain(style: DomainStyle,                 # what it is like
                 device: str | torch.device = "cpu", # where to draw; what to draw is decided on the CPU
                 name: str = "",                     # of the domain: two of one seed share nothing if their names differ
                 seen: dict | None = None,           # a roster; None: `roster` makes one
-                **kw                                # chunk, progress: see `draw`
+                **kw                                # chunk, progress, paint: see `draw`
                ) -> Domain:
     "People of a style before the cameras of a style."
     check_style(style, size)
