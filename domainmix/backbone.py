@@ -336,7 +336,8 @@ class Person(nn.Module):
             mask = self.outline(x)
             with torch.autocast(x.device.type, enabled=False):
                 alone = cut_out(x.float(), mask.float())
-        return self.body(alone.contiguous(memory_format=ReIDNet.layout))
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        return self.body(alone.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format))
 
 
 class Both(nn.Module):
@@ -349,9 +350,9 @@ class Both(nn.Module):
         super().__init__()
         self.whole, self.person = whole, person
 
-    def forward(self, x: Tensor) -> Tensor:
-        "(B, 3, H, W) -> (B, 2 C, h, w)."
-        return torch.cat([self.whole(x), self.person(x)], 1)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        "(B, 3, H, W) -> twice (B, C, h, w)."
+        return self.whole(x), self.person(x)
 
 # %% ../nbs/20_backbone.ipynb #54392af9
 class ReIDNet(nn.Module):
@@ -360,7 +361,7 @@ class ReIDNet(nn.Module):
 
     def __init__(
         self,
-        body: nn.Module,      # (B, 3, H, W) -> (B, V * C, h, w)
+        body: nn.Module,      # (B, 3, H, W) -> (B, C, h, w), or a tuple of V of them
         channels: int,        # C
         stripes: int = 4,     # S
         views: int = 1,       # V, the parts of the feature that are trained each for itself
@@ -378,12 +379,13 @@ class ReIDNet(nn.Module):
         raw = self.pool(self.body(x.contiguous(memory_format=self.layout)))
         return raw, self.neck(raw)
 
-    def pool(self, maps: Tensor) -> Tensor:
-        "(B, V * C, h, w) -> (B, V * S * C)."
+    def pool(self, maps: Tensor | tuple[Tensor, ...]) -> Tensor:
+        "Of each view (B, C, h, w) -> (B, V * S * C)."
+        if isinstance(maps, tuple):
+            return torch.cat([self.pool(m) for m in maps], 1)
         if maps.shape[2] < self.stripes:
             raise DomainMixError(f"{self.stripes} stripes of a map of {maps.shape[2]} rows", "use fewer stripes or taller images")
-        stripes = F.adaptive_avg_pool2d(maps, (self.stripes, 1)).float()[..., 0]
-        return stripes.unflatten(1, (self.views, -1)).mT.flatten(1)
+        return F.adaptive_avg_pool2d(maps, (self.stripes, 1)).float()[..., 0].mT.flatten(1)
 
     def embed(self, x: Tensor, feature: str = "neck") -> Tensor:
         "(B, 3, H, W) -> (B, V * S * C), the neck's output at length one; with feature='raw', its input; through the metric, if it has one."

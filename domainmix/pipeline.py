@@ -194,7 +194,7 @@ def checked(config: RunConfig # as a person gave it
 
 # %% ../nbs/60_pipeline.ipynb #6a58af63
 TINY = {
-    "height": 32, "width": 16, "net": {"width": 8, "stripes": 2}, "lower": 2,
+    "height": 32, "width": 16, "net": {"width": 8, "stripes": 2, "view": "whole"}, "lower": 2,
     **{s: {"epochs": 2, "iterations": 3, "p": 4, "k": 2} for s in TRAININGS},
     "world": {"height": 32, "width": 16, "held_out": 0.0,
               **{d: {"ids": 10, "cameras": 2, "cameras_per_id": [2, 2], "images_per_camera": [3, 3], "scenes": 1, "passers_by": 0.0} for d in "abc"}},

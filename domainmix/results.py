@@ -233,7 +233,7 @@ def attention(net: torch.nn.Module,  # a `ReIDNet`
              ) -> np.ndarray:        # float32 (N, h, w), 0 to 1
     "How strongly each place of an image speaks in its feature; of a network with two views, in that of the whole image."
     with torch.no_grad(): maps = net.eval().body(normalise(images).contiguous(memory_format=torch.channels_last))
-    maps = maps[:, :maps.shape[1] // net.views].square().mean(1).sqrt()
+    maps = (maps[0] if isinstance(maps, tuple) else maps).square().mean(1).sqrt()
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return ((maps - low) / (high - low).clamp(min=1e-9)).numpy()
 
@@ -300,7 +300,7 @@ def run_report(results: Results,
     return report(out or results.home/"report.html", f"domainmix: {results.home.name}", stage_rows(results), figures, results.config, notes)
 
 # %% ../nbs/71_results.ipynb #4c1c87fd
-EXAMPLE = {"real": "world", "target": "world", "run": "example", "height": 32, "width": 16, "lower": 4, "net.width": 16, "net.stripes": 2, "flip": False,
+EXAMPLE = {"real": "world", "target": "world", "run": "example", "height": 32, "width": 16, "lower": 4, "net.width": 16, "net.stripes": 2, "net.view": "whole", "flip": False,
            "world": {"height": 32, "width": 16, "a": {"ids": 80}, "b": {"ids": 60, "images_per_camera": [3, 5]}, "c": {"ids": 40}},
            "pretrain.epochs": 3, "pretrain.iterations": 40, "spcl.epochs": 3, "spcl.iterations": 15, "stage2.epochs": 3, "stage2.iterations": 25,
            "stage3.epochs": 4, "stage3.iterations": 15}

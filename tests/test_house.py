@@ -212,8 +212,9 @@ def test_no_file_names_a_place_on_one_machine():
 
 
 def test_no_data_is_tracked():
-    wrong = [n for n in tracked() if n.startswith("data/") and n != "data/README.md" or n.endswith((".safetensors", ".npz", ".ckpt"))]
-    assert not wrong, wrong
+    shipped = "domainmix/silhouette.safetensors"      # learned from drawn people alone
+    wrong = [n for n in tracked() if n.startswith("data/") and n != "data/README.md" or n != shipped and n.endswith((".safetensors", ".npz", ".ckpt"))]
+    assert not wrong and (ROOT / shipped).stat().st_size < 300_000, wrong
 
 
 def test_progress_bars_are_cleaned_away():
