@@ -762,13 +762,17 @@ def metrics(config: RunConfig, inputs: Inputs, stages: list[Stage], checks: list
 # %% ../nbs/60_pipeline.ipynb #224167e5
 HOUSE = ("version", "inputs", "methods", "seeds")  # what config.json holds besides settings
 
-def load_config(path: str | Path # a JSON file with settings, all or some, nested or dotted; a run's config.json too
+def load_config(path: str | Path, # a JSON file with settings, all or some, nested or dotted; a run's config.json too
+                backbone: str | None = None # in the place of the file's
                ) -> tuple[RunConfig, dict]:
     "The run that a file describes, and what the file holds besides settings."
     values = load_json(path)
     if not isinstance(values, dict): raise DomainMixError(f"{path} holds no settings", 'write them as {"real": "folder:DIR", ...}')
-    try: config = configure({k: v for k, v in values.items() if k not in HOUSE})
-    except DomainMixError as e: raise DomainMixError(f"{path}: {e.what}", e.remedy) from e
+    other = {} if backbone is None else {"backbone": backbone}
+    try: config = configure({k: v for k, v in values.items() if k not in HOUSE}, other)
+    except DomainMixError as e: raise e.reworded(f"{path}: {e.what}") from e
+    if other and config.net.name != backbone:            # every setting of another backbone is there, as in a run's config.json
+        raise DomainMixError(f"{path} is of the backbone {config.net.name!r}, net.name and all, and {backbone!r} is asked for", "drop --backbone, or take net out of the file")
     more = {k: values[k] for k in HOUSE if k in values}
     for k, kind in (("methods", str), ("seeds", int)):        # folders are called by them
         if k in more and not (isinstance(more[k], list) and more[k] and all(type(v) is kind for v in more[k])):
