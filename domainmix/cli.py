@@ -356,7 +356,8 @@ def write_report(folder: str | Path # of a table
         if any(r.get(metric) is not None for r in rows): figures[metric] = (method_table(rows, metric), words)
     log = folder/f"seed{more['seeds'][0]}"/"log.jsonl"
     if log.is_file():
-        lines = [line for line in load_jsonl(log) if line.get("run") in REPORT_RUNS]
+        tag = "" if config.labeller == "spcl" else f"-{config.labeller}"                 # of the stages that its labels come into
+        lines = [line for line in load_jsonl(log) if str(line.get("run")).replace(tag, "", 1) in REPORT_RUNS]
         if any("purity" in line for line in lines): figures["labels"] = (label_curves(lines), "Labels of B against its true identities, which are used for nothing else.")
         figures["losses"] = (loss_curves(lines), f"Losses of seed {more['seeds'][0]}, an epoch a point.")
     notes = [f"A: {config.synthetic}, B: {', '.join(specs(config, 'real'))}, C: {config.target}; {len(more['seeds'])} seeds; backbone {config.backbone}, {config.height} x {config.width}."]
