@@ -655,7 +655,9 @@ def changed_images(line: str, # of `differences` between two config.json
                   ) -> str:
     "The line; one that two fingerprints differ says what that means."
     role = line.split(".")[1] if line.startswith("inputs.") and ".fingerprint:" in line else None
-    return f"{role}: other images, names or labels than the run began with ({old['inputs'][role].get('images', '?')} images then)" if role else line
+    if role is None: return line
+    n = old["inputs"][role].get("images")
+    return f"{role}: other images, names or labels than the run began with ({f'{n:,}' if type(n) is int else '?'} images then)"
 
 LABELS = ("stage0", "stage1", "refined")  # the last parts of the names of stages that a run has in common with `label`
 LATER = ("target", "target_pattern", "method", "start", "feature", "flip", "all_stages", "stage2", "stage3") # settings that labels do not depend on
@@ -673,15 +675,17 @@ def further(home: Path, stages: list[Stage]) -> bool:
 
 def given_up(home: Path, old: dict, # the run that is there, and its config.json
              about: dict,           # what config.json will hold
-             stages: list[Stage]    # the plan
+             stages: list[Stage],   # the plan
+             part: bool = False     # of labels alone
             ) -> list[str]:
     "What a run that has got beyond its labels would lose to another, as lines of text."
     if not further(home, []) and not (home/"metrics.json").is_file(): return []
     about, lines = plain(about), []
     for role, v in old.get("inputs", {}).items():
         here = about["inputs"].get(role)
-        if here is None: lines.append(f"{role}: images there, none here")
+        if here is None: lines += [] if part else [f"{role}: images there, none here"]
         elif isinstance(v, dict) and v.get("fingerprint") != here["fingerprint"]: lines.append(changed_images(f"inputs.{role}.fingerprint:", old))
+    if part: return lines
     if "methods" not in about: return lines + differences({"method": old.get("method")}, {"method": about["method"]})
     for seal in seals(home, stages):                                                     # of other rows of a table
         sealed = load_dict(seal).get("settings")
@@ -711,7 +715,7 @@ def claim(home: Path,             # the run's folder
         kinds = ["a table of runs" if "methods" in of else "a single run" for of in (old, about)]
         raise DomainMixError(f"{home} holds {kinds[0]}, and {kinds[1]} is asked for", "another name (--run); or --fresh, which starts from nothing")
     stale = [s.name for s in stages if s.found()[0] not in (None, s.key)]
-    lost = given_up(home, old, about, stages) if begun and not part else []
+    lost = given_up(home, old, about, stages, part) if begun else []
     if (stale or lost) and not update: raise another(home, old, about, stages, stale, lost)
     for left in half_written(home, deep=True): left.unlink(missing_ok=True)
     if not all(s.done for s in stages):
