@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['REPORT_RUNS', 'COMMANDS', 'USAGE', 'Run', 'Table', 'Label', 'Featured', 'Evaluate', 'Embed', 'Tune', 'Export',
            'Report', 'Presets', 'Tables', 'Runs', 'Compare', 'Bench', 'World', 'settings', 'curves', 'do_run',
-           'at_least_one', 'do_table', 'do_label', 'sizes_text', 'architecture', 'in_common', 'do_evaluate', 'by_onnx',
-           'do_embed', 'do_tune', 'do_presets', 'do_tables', 'do_report', 'do_notebooks', 'do_runs', 'do_compare',
-           'do_bench', 'do_export', 'do_world', 'report_rows', 'drawn_pictures', 'write_report', 'early', 'defaults',
-           'gathered', 'parse', 'main']
+           'at_least_one', 'seeds_of', 'do_table', 'ready', 'do_label', 'sizes_text', 'architecture', 'in_common',
+           'do_evaluate', 'by_onnx', 'do_embed', 'do_tune', 'do_presets', 'do_tables', 'do_report', 'do_notebooks',
+           'do_runs', 'do_compare', 'do_bench', 'do_export', 'do_world', 'report_rows', 'drawn_pictures',
+           'write_report', 'early', 'defaults', 'gathered', 'parse', 'main']
 
 # %% ../nbs/80_cli.ipynb #08de9e06
-import contextlib, shutil, sys
+import contextlib, os, shutil, sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Literal
@@ -34,7 +34,7 @@ from .rerank import Rerank
 from .pages import notebook_report
 from .runs import Live, compare, compare_text, list_runs, runs_text, tensorboard
 from .pipeline import (DEMO, DEMO_SEEDS, METHODS, TABLE, RunConfig, configure, embed, evaluate_model, gains_text, label, labels_text,
-                                load_config, open_set, report_errors, result_text, run, run_folder, specs, table, table_text, tune)
+                                load_config, open_set, report_errors, result_text, run, run_folder, specs, suffixed, table, table_text, tune)
 
 # %% ../nbs/80_cli.ipynb #d122d6d5
 @dataclass
@@ -50,7 +50,7 @@ class Run(RunConfig):
 class Table(Run):
     "Several methods with several seeds: mean and standard deviation."
     methods: tuple[str, ...] = TABLE # which methods to compare
-    seeds: int = 3                   # how many seeds: 0, 1, ...
+    seeds: int | None = None         # how many seeds: 0, 1, ...; None: those of the config file, else 3
 
 @dataclass
 class Label(Run):
@@ -200,18 +200,34 @@ def at_least_one(seeds: int) -> int:
     if seeds < 1: raise DomainMixError(f"--seeds is {seeds}", "give the number of repetitions, 1 or more")
     return seeds
 
+def seeds_of(args: Table) -> tuple[int, ...]:
+    "The seeds that were asked for: so many, or those that the config file names."
+    if args.seeds is not None: return tuple(range(at_least_one(args.seeds)))
+    return tuple(load_config(args.config, args.backbone)[1].get("seeds", range(3)) if args.config else range(3))
+
 def do_table(args: Table) -> None:
-    config = settings(args)
-    at_least_one(args.seeds)
-    print(f"{len(args.methods)} methods, {args.seeds} seed{'s' * (args.seeds > 1)}, in {run_folder(config)}")
-    with curves(args): rows = table(config, tuple(args.methods), tuple(range(args.seeds)), args.update, args.fresh)
+    config, seeds = settings(args), seeds_of(args)
+    print(f"{len(args.methods)} methods, {len(seeds)} seed{'s' * (len(seeds) > 1)}, in {run_folder(config)}")
+    with curves(args): rows = table(config, tuple(args.methods), seeds, args.update, args.fresh)
     print(f"\n{table_text(rows)}\n\n{gains_text(rows)}\n\n{run_folder(config)/'table.json'}\n{write_report(run_folder(config))}")
 
+# %% ../nbs/80_cli.ipynb #feeb28d0
+def ready(out: str | None # a file that is to be written after hours of work; None: there is none
+         ) -> None:
+    "Make its folder, or refuse."
+    if out is None: return
+    file = Path(out)
+    if file.is_dir(): raise DomainMixError(f"{out} is a folder", "give the name of a file")
+    try: file.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError): raise DomainMixError(f"{file.parent} is no folder", "give the file another place") from None
+    if not os.access(file.parent, os.W_OK): raise DomainMixError(f"nothing can be written into {file.parent}", "give the file another place, or change the folder's rights")
+
 def do_label(args: Label) -> None:
+    ready(args.out)
     with curves(args): found = label(settings(args), args.update, args.fresh)
     for kind in ("initial", "refined"): print(labels_text(found[kind]))
     print(f"cluster sizes: {sizes_text(found['sizes'])}\n{found['table']}")
-    if args.out: print(shutil.copyfile(found["table"], args.out))
+    if args.out: print(write_atomic(args.out, lambda p: shutil.copyfile(found["table"], p)))
 
 def sizes_text(sizes: list[int] # images in each cluster, largest first
               ) -> str:
@@ -244,7 +260,7 @@ def by_onnx(args: Embed) -> np.ndarray:
 def do_embed(args: Embed) -> None:
     if not args.model and not args.onnx: raise DomainMixError("no network is given", "give --model, or --onnx with an exported one")
     features = by_onnx(args) if args.onnx else embed(args.model, args.images, args.out, architecture(args), **in_common(args))
-    out = Path(args.out).with_suffix(".npy")
+    out = suffixed(args.out, ".npy")
     print(f"{out}: {features.shape[0]:,} features of {features.shape[1]} numbers\n{out.with_suffix('.csv')}: their images")
 
 def do_tune(args: Tune) -> None: print(tune(args.model, args.images, args.out, args.pattern, args.ridge, architecture(args), **in_common(args)))
@@ -340,7 +356,8 @@ def write_report(folder: str | Path # of a table
         if any(r.get(metric) is not None for r in rows): figures[metric] = (method_table(rows, metric), words)
     log = folder/f"seed{more['seeds'][0]}"/"log.jsonl"
     if log.is_file():
-        lines = [line for line in load_jsonl(log) if line.get("run") in REPORT_RUNS]
+        tag = "" if config.labeller == "spcl" else f"-{config.labeller}"                 # of the stages that its labels come into
+        lines = [line for line in load_jsonl(log) if str(line.get("run")).replace(tag, "", 1) in REPORT_RUNS]
         if any("purity" in line for line in lines): figures["labels"] = (label_curves(lines), "Labels of B against its true identities, which are used for nothing else.")
         figures["losses"] = (loss_curves(lines), f"Losses of seed {more['seeds'][0]}, an epoch a point.")
     notes = [f"A: {config.synthetic}, B: {', '.join(specs(config, 'real'))}, C: {config.target}; {len(more['seeds'])} seeds; backbone {config.backbone}, {config.height} x {config.width}."]
@@ -376,9 +393,9 @@ def defaults(kind: type,       # the dataclass of a command
     backbone, file, cell = (early(argv, name) for name in ("backbone", "config", "preset"))
     if cell and file: raise DomainMixError("a preset and a config file are given", "give one, and change it with flags")
     if cell: preset = {**preset, **preset_of(cell, early(argv, "data") or "data"), "run": cell, "data": early(argv, "data") or "data"}
-    config, more = load_config(file) if file else (configure(preset, {"backbone": backbone} if backbone else {}), {})
+    config, more = load_config(file, backbone) if file else (configure(preset, {"backbone": backbone} if backbone else {}), {})
     extra = {"seeds": DEMO_SEEDS, "update": True} if preset is DEMO else {}  # an older demo gives way
-    if issubclass(kind, Table) and "methods" in more: extra = {"methods": tuple(more["methods"]), "seeds": len(more["seeds"])}
+    if issubclass(kind, Table) and "methods" in more: extra = {"methods": tuple(more["methods"])}
     return kind(**{k: getattr(config, k) for k in RunConfig.__dataclass_fields__}, config=file, preset=cell, **extra)
 
 # %% ../nbs/80_cli.ipynb #041eb77f

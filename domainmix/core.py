@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DomainMixError', 'fails', 'generator', 'pick_device', 'bf16_is_fast', 'int8_is_fast', 'autocast', 'compiled', 'plain',
-           'fit', 'to_dict', 'from_dict', 'with_overrides', 'fingerprint', 'ranks', 'write_atomic', 'Terminated',
-           'terminable', 'held', 'reading', 'save_json', 'too_deep', 'load_json', 'load_dict', 'save_arrays',
-           'load_arrays', 'sound_zip', 'save_weights', 'load_weights', 'about_weights', 'save_state', 'load_state',
-           'append_jsonl', 'load_jsonl', 'Log', 'locked', 'holder', 'shared']
+           'fit', 'to_dict', 'from_dict', 'with_overrides', 'fingerprint', 'ranks', 'write_atomic', 'half_written',
+           'Terminated', 'terminable', 'held', 'reading', 'save_json', 'too_deep', 'load_json', 'load_dict',
+           'save_arrays', 'load_arrays', 'sound_zip', 'save_weights', 'load_weights', 'about_weights', 'save_state',
+           'load_state', 'append_jsonl', 'load_jsonl', 'Log', 'locked', 'holder', 'shared']
 
 # %% ../nbs/00_core.ipynb #850b738a
-import contextlib, dataclasses, difflib, functools, hashlib, importlib.util, io, json, os, signal, socket, threading, time, types, typing, warnings, zipfile
+import contextlib, dataclasses, difflib, functools, hashlib, importlib.util, io, json, os, re, signal, socket, threading, time, types, typing, warnings, zipfile
 from pathlib import Path
 from typing import Any, Callable
 
@@ -29,6 +29,12 @@ class DomainMixError(Exception):
         self.what, self.remedy = what, remedy
         said = f"{what}\n  -> {remedy}" if remedy else what      # a name in it may hold what moves a cursor, or is no text
         super().__init__("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in said))
+
+    def reworded(self, what: str, remedy: str | None = None) -> "DomainMixError":
+        "The same error in other words; what all processes have to say is still said once."
+        error = type(self)(what, self.remedy if remedy is None else remedy)
+        if getattr(self, "shared", False): error.shared = True
+        return error
 
     def __reduce__(self): return type(self), (self.what, self.remedy)
 
@@ -282,6 +288,13 @@ def write_atomic(path: str | Path,              # the file to write; its folder 
     finally: beside.unlink(missing_ok=True)
     return path
 
+def half_written(folder: str | Path, # where to look
+                 deep: bool = False  # below it too
+                ) -> list[Path]:
+    "The files that `write_atomic` had not finished when it was killed."
+    own = re.compile(r"\..+\.[0-9]+\.part(\.[^.]+)?")
+    return [p for p in Path(folder).glob("**/.*" if deep else ".*") if own.fullmatch(p.name) and p.is_file()]
+
 # %% ../nbs/00_core.ipynb #39c04011
 class Terminated(KeyboardInterrupt):
     "SIGTERM came."
@@ -505,8 +518,7 @@ def locked(folder: str | Path,  # made if missing
         f.truncate(0)
         f.write(json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S %z"))))
         f.flush()
-        for left in path.parent.glob(".*.part*") if alone else ():
-            if left.is_file(): left.unlink(missing_ok=True)
+        for left in half_written(folder) if alone else (): left.unlink(missing_ok=True)
         try: yield
         finally: f.truncate(0)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNN_METHODS', 'clouds', 'unit', 'camera_centre', 'true_products', 'products', 'best_by_rows', 'offer',
            'best_symmetric', 'multiply_pairs', 'pair_products', 'centre', 'in_bf16', 'main_directions', 'in_int8',
-           'in_fewer_dimensions', 'exact_products', 'list_length', 'certified', 'knn']
+           'exact_products', 'list_length', 'certified', 'knn']
 
 # %% ../nbs/29_knn.ipynb #ad68f5e2
 import contextlib, functools
@@ -38,6 +38,7 @@ def unit(features: torch.Tensor | np.ndarray, # (N, D), any length of row
          what: str = "features"               # how to call them in a message
         ) -> torch.Tensor:
     "`features` as fp32 rows of length one."
+    if isinstance(features, np.ndarray) and min(features.strides, default=0) < 0: features = features.copy()     # torch has no negative strides
     try: x = torch.as_tensor(features).detach()
     except (TypeError, ValueError) as e: raise DomainMixError(f"{what} are no numbers ({e})", "give an array or tensor (N, D)") from None
     if x.ndim != 2 or 0 in x.shape:
@@ -65,8 +66,10 @@ def camera_centre(features: torch.Tensor | np.ndarray,  # (N, D)
         raise DomainMixError(f"{len(x)} features, but cameras of shape {tuple(camera.shape)}", "give one camera an image, -1 where unknown")
     _, group, size = camera.unique(return_inverse=True, return_counts=True)
     mean = torch.zeros(len(size), x.shape[1], device=x.device).index_add_(0, group, x) / size[:, None]
-    mean[size == 1] = x.mean(0)
-    return unit(x - mean[group], "features less their camera's mean")
+    rest, among_all = x - mean[group], x - x.mean(0)
+    noise = 1e-5 + 2.**-24*size[group]                      # what the sum over a camera may be off grows with it
+    alone = (rest.norm(dim=1) < noise) & (among_all.norm(dim=1) >= noise)
+    return unit(torch.where(alone[:, None], among_all, rest), "features less their camera's mean")
 
 # %% ../nbs/29_knn.ipynb #9eb74c96
 @contextlib.contextmanager
@@ -259,16 +262,6 @@ def in_int8(x: torch.Tensor,   # (N, D)
     off = sum(lost*kept.max() + own*lost.max() for own, kept, lost in (lengths[:3], lengths[3:]))
     return low, off + _slack(size, x.shape[1] + 256), step        # 256: the turn rounds too
 
-# %% ../nbs/29_knn.ipynb #42cff214
-def in_fewer_dimensions(x: torch.Tensor,    # (N, D)
-                        mean: torch.Tensor, # (D,)
-                        B: torch.Tensor     # (D, d) orthonormal
-                       ) -> tuple[torch.Tensor, torch.Tensor]:
-    "`x` less `mean` in the basis `B`, and by how much the products of each row may be off (N,)."
-    low = torch.empty(len(x), B.shape[1], device=x.device)
-    size, _, lost = _in_parts(x, mean, low, lambda c: (c, c @ B, c @ B @ B.T))
-    return low, lost*lost.max() + _slack(size, x.shape[1])
-
 # %% ../nbs/29_knn.ipynb #68c92e39
 def exact_products(x: torch.Tensor,      # (N, D)
                    rows: torch.Tensor,   # int (R,) of which rows
@@ -342,7 +335,7 @@ def knn(features: torch.Tensor | np.ndarray, # (N, D); where they lie on a GPU, 
        ) -> tuple[np.ndarray, np.ndarray]:
     "The `k` nearest of every row, nearest first, as (rank int32, similarity float32), both (N, k)."
     x = unit(features)
-    if k < 1 or k != int(k): raise DomainMixError(f"k={k} neighbours were asked for", "give a whole number of at least 1")
+    if not 1 <= k < np.inf or k != int(k): raise DomainMixError(f"k={k} neighbours were asked for", "give a whole number of at least 1")
     if method not in KNN_METHODS: raise DomainMixError(f"unknown method {method!r} of finding neighbours", f"use one of {', '.join(KNN_METHODS)}")
     if tile is not None and tile < 1: raise DomainMixError(f"tile={tile}", "give at least 1 row, or None")
     k = min(int(k), len(x))

@@ -26,7 +26,7 @@ from .losses import hardest, id_loss, triplet_loss
 from .parallel import gathered, mean_gradients
 from .pseudolabel import ClusterConfig, Clusters
 from .spcl import Labels, Mixture, SpCLConfig, adapt, epoch_line, regroup, run_key
-from .trainer import Classifying, Feed, TrainConfig, backbone_loss, class_scores, first_classifier, over_views
+from .trainer import Classifying, Feed, TrainConfig, backbone_loss, class_scores, compile_net, first_classifier, over_views
 
 # %% ../nbs/41_labellers.ipynb #b0d1a81a
 @dataclass
@@ -96,11 +96,12 @@ class Learner:
     "A network, its average if one is wanted, and the classifier of the epoch's clusters."
     def __init__(
         self,
-        net: ReIDNet, config: PlainConfig, device: torch.device, # to start from, copied; as of `adapt_plain`
+        net: ReIDNet, config: PlainConfig, device: torch.device, images: Tensor | None = None, # to start from, copied; as of `adapt_plain`; a few to compile with
     ):
         self.config, self.device = config, device
         self.net = laid_out(to_ghost_bn(net, config.samples_per_bn), device, config.channels_last)
         self.average = averaged(self.net, config.ema)
+        if config.compile and images is not None: compile_net(self.net, images, device, config.channels_last)
 
     @property
     def best(self) -> nn.Module: return self.net if self.average is None else self.average.module
@@ -169,8 +170,11 @@ def begun(
     "The learners with classifiers for the epoch's clusters, and the batches of the epoch."
     data = TrainSet(mix.images[-1], label, mix.camera, torch.ones_like(label))
     for i, one in enumerate(learners): one.begin(data, seen[i], generator(seed, stage, epoch, "classifier", i))
-    p = min(mix.config.p, data.n_classes)
-    return Feed(data, replace(mix.config, p=p - p % ranks()[1]), seed, stage, mix.device)
+    p, n = min(mix.config.p, data.n_classes), ranks()[1]
+    if p < n:
+        raise DomainMixError(f"{stage}, epoch {epoch + 1}: {data.n_classes} clusters, batches of {mix.config.p} identities and {n} processes, each of which needs an identity",
+                             f"start {p} processes or fewer, raise p, or let more clusters be found: a smaller cluster.min_samples, another cluster.eps")
+    return Feed(data, replace(mix.config, p=p - p % n), seed, stage, mix.device)
 
 
 def study(
@@ -234,7 +238,7 @@ def adapt_plain(
     "Plain clustering and fine-tuning."
     device, config = pick_device(device), from_dict(type(config), to_dict(config))   # names a wrong setting
     mix = Mixture(None, real_images, real_camera, config, device)
-    learners = [Learner(net, config, device)]
+    learners = [Learner(net, config, device, real_images[:2])]
     return study(learners, fine_tune, mix, run_key(net, mix, seed), seed, stage, folder, log, truth)
 
 # %% ../nbs/41_labellers.ipynb #76672bac
@@ -315,7 +319,7 @@ def adapt_mmt(
                              "give two networks of one architecture")
     device, config = pick_device(device), from_dict(type(config), to_dict(config))   # names a wrong setting
     mix = Mixture(None, real_images, real_camera, config, device)
-    learners = [Learner(n, config, device) for n in (net, other or net)]
+    learners = [Learner(n, config, device, real_images[:2]) for n in (net, other or net)]
     key = run_key(net, mix, seed) | dict(other=None if other is None else weights_key(other))
     return study(learners, teach_each_other, mix, key, seed, stage, folder, log, truth)
 

@@ -254,6 +254,8 @@ def load_checkpoint(
             if not all(type(line["iterations"]) is int for line in state["history"]): raise ValueError("it has no history")
             if state["midway"] is not None: Meter("", state=state["midway"]["meter"]).means()
             for name, part in parts.items(): part.load_state_dict(state["parts"][name])
+        for damaged in there[:there.index(at)]:                  # else the next save would move it over the good one
+            if not ranks()[0]: damaged.unlink(missing_ok=True)
         return state["history"], state["midway"] or {}
     return [], {}
 
@@ -293,6 +295,7 @@ class Saved:
         self.path = Path(folder)/"last.ckpt" if folder is not None else None
         self.key, self.parts, self.owned = key, parts, {}
         self.history, self.midway = load_checkpoint(self.path, key, parts) if self.path else ([], {})
+        self.kept = len(self.history), self.done     # epochs, and steps of the next, that are in the file
 
     @property
     def done(self) -> int:
@@ -310,7 +313,9 @@ class Saved:
         for part in self.parts.values():
             if isinstance(part, nn.Module): level(part)
         midway = meter and dict(meter=meter.state(), parts={k: p.state_dict() for k, p in self.owned.items()})
-        if self.path: save_checkpoint(self.path, self.key, self.parts, self.history, midway)
+        if self.path:
+            save_checkpoint(self.path, self.key, self.parts, self.history, midway)
+            self.kept = len(self.history), meter.iterations if meter else 0
 
 # %% ../nbs/23_loop.ipynb #b610ec2f
 T = TypeVar("T")
@@ -339,9 +344,10 @@ class Epochs(Saved):
         rest, self.midway = all_steps[self.done:], {}
         self.meter.clock()
         with held() as asked:
-            for step in rest:
+            for i, step in enumerate(rest, 1):
                 yield step
-                if not self.meter.pending and any_of(asked()):
+                turn = ranks()[1] == 1 or not self.meter.pending or i == len(rest)     # several ask each other when they add up their losses
+                if turn and any_of(asked()):
                     self.save(self.meter)
                     raise Terminated
 
@@ -369,18 +375,21 @@ class Run(Epochs, AbstractContextManager):
         self.bar.update()
 
     def end_epoch(self, **more) -> dict:
-        "Close the epoch: save first, then report."
-        line = plain(dict(stage=self.stage, epoch=len(self.history) + 1, **self.meter.means(), **more))
-        self.history.append(line)
-        self.save()
-        if self.log: self.log(**line)
+        "Close the epoch: save first, then report; then end, if that was asked for meanwhile."
+        with held() as asked:
+            line = plain(dict(stage=self.stage, epoch=len(self.history) + 1, **self.meter.means(), **more))
+            self.history.append(line)
+            self.save()
+            if self.log: self.log(**line)
+            if any_of(asked()): raise Terminated
         return line
 
     def __exit__(self, kind, *_):
         self.bar.close()
         if kind is not None and issubclass(kind, KeyboardInterrupt) and self.path and not ranks()[0]:
-            some = f" and {self.meter.iterations} steps" if kind is Terminated and self.meter.iterations else ""
-            print(f"{self.stage} was interrupted; {len(self.history)} of {self.epochs} epochs{some} are in {self.path}, and the same call goes on from there")
+            epochs, steps = self.kept
+            saved = f"{epochs} of {self.epochs} epochs{f' and {steps} steps' if steps else ''} are in {self.path}, and the same call goes on from there"
+            print(f"{self.stage} was interrupted; {saved if epochs or steps else 'nothing of it was saved yet, and the same call starts it again'}")
 
 # %% ../nbs/23_loop.ipynb #3af3eb87
 def place(

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'TRAININGS', 'DOWN', 'CLUSTERING', 'SMALL', 'PRESETS', 'METHODS', 'TABLE', 'TINY', 'WORLD', 'N_PROBE',
-           'APART', 'HOUSE', 'COLUMNS', 'SCORES', 'PAIRS', 'DEMO', 'DEMO_SEEDS', 'RunConfig', 'one_of', 'settings_of',
-           'configure', 'Method', 'plain_name', 'specs', 'checked', 'Stage', 'cached', 'Part', 'joined', 'Inputs',
-           'decode', 'open_set', 'split_target', 'usable', 'whole', 'read_inputs', 'keep_net', 'load_net', 'fresh_net',
-           'stage0', 'stage1', 'taken_apart', 'sealed_features', 'clustered', 'refined', 'choose_labels', 'mixture',
-           'stage2', 'stage3', 'as_used', 'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned',
-           'progress', 'changed_images', 'claim', 'label_statistics', 'scores', 'metrics', 'load_config', 'describe',
-           'run', 'run_folder', 'result_text', 'labels_text', 'label', 'find_net', 'open_net', 'home_of', 'run_of',
-           'evaluate_model', 'embed', 'write_features', 'quoted', 'tune', 'row', 'table', 'cell', 'table_text',
-           'gains_text', 'demo', 'value', 'report_errors', 'main']
+           'APART', 'LABELS', 'LATER', 'HOUSE', 'COLUMNS', 'SCORES', 'PAIRS', 'DEMO', 'DEMO_SEEDS', 'RunConfig',
+           'one_of', 'settings_of', 'configure', 'Method', 'plain_name', 'specs', 'handed_down', 'checked', 'Stage',
+           'cached', 'Part', 'joined', 'Inputs', 'decode', 'open_set', 'split_target', 'usable', 'scorable', 'whole',
+           'read_inputs', 'keep_net', 'rewrite_headers', 'load_net', 'fresh_net', 'stage0', 'stage1', 'taken_apart',
+           'sealed_features', 'clustered', 'refined', 'choose_labels', 'mixture', 'stage2', 'stage3', 'as_used',
+           'ranking', 'probing', 'plan', 'start_key', 'evaluations', 'planned', 'progress', 'changed_images', 'seals',
+           'further', 'given_up', 'claim', 'another', 'label_statistics', 'scores', 'metrics', 'load_config',
+           'describe', 'run', 'run_folder', 'result_text', 'labels_text', 'label', 'find_net', 'open_net', 'home_of',
+           'run_of', 'evaluate_model', 'embed', 'suffixed', 'write_features', 'quoted', 'tune', 'row', 'table', 'cell',
+           'table_text', 'gains_text', 'demo', 'value', 'report_errors', 'main']
 
 # %% ../nbs/60_pipeline.ipynb #016bb67f
 import argparse, contextlib, difflib, errno, json, os, shutil, sys, time, warnings
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/60_pipeline.ipynb #8ef20937
 from . import __version__
-from .core import (DomainMixError, Log, Terminated, about_weights, fingerprint, from_dict, generator, load_dict, load_json,
+from .core import (DomainMixError, Log, Terminated, about_weights, fingerprint, from_dict, generator, half_written, load_dict, load_json,
                             load_weights, locked, pick_device, plain, ranks, reading, save_json, save_weights, terminable, to_dict, with_overrides,
                             write_atomic)
 from .parallel import first, once, start
@@ -168,6 +169,10 @@ def specs(config: RunConfig, role: str # synthetic, real or target
     given = getattr(config, role)
     return (given,) if isinstance(given, str) else tuple(given or ())
 
+def handed_down(config: RunConfig) -> RunConfig:
+    "The config with its precision, layout and form of Adam in every stage, where they are given for the run."
+    return with_overrides(config, {f"{s}.{name}": value for s in TRAININGS for name in DOWN if (value := getattr(config, name)) != "auto"})
+
 def checked(config: RunConfig # as a person gave it
            ) -> RunConfig:
     "The config with its top-level settings handed down to the stages; refuses what cannot be meant."
@@ -189,8 +194,7 @@ def checked(config: RunConfig # as a person gave it
                              "give --real folder:DIR (or market1501:DIR, ..., world), or --method only-a")
     plain_name(config.run)
     pick_device(config.device)
-    parts = {f"{s}.{name}": value for s in TRAININGS for name in DOWN if (value := getattr(config, name)) != "auto"}
-    return with_overrides(config, {"labeller": labeller, "stage3.loss": loss or config.stage3.loss, **parts})
+    return with_overrides(handed_down(config), {"labeller": labeller, "stage3.loss": loss or config.stage3.loss})
 
 # %% ../nbs/60_pipeline.ipynb #6a58af63
 TINY = {
@@ -240,7 +244,7 @@ def cached(stage: Stage # the step to do, or to find done
     began = time.time()
     try: stage.make(stage.folder)
     except DomainMixError as e:
-        raise e if stage.name in e.what else DomainMixError(f"{stage.name}: {e.what}", e.remedy) from e
+        raise e if stage.name in e.what else e.reworded(f"{stage.name}: {e.what}") from e
     def end():
         tables = {p.name: fingerprint(np.load(p, mmap_mode="r")) for p in stage.folder.glob("*.npy")}     # they have no checksum of their own
         save_json(seal, {**about, "finished": True, "seconds": round(time.time() - began, 1), "digests": tables})
@@ -316,8 +320,10 @@ def split_target(dataset: DataSet # a folder, as it was read
         raise DomainMixError(f"{dataset.root} has no identities, so nothing can be scored on it",
                              r"give a --target-pattern with a group pid, such as '(?P<pid>\d+)_c(?P<camera>\d+)', or leave the target out")
     r = r[r.pid >= 0]
-    _, first = np.unique(np.stack([r.pid, r.camera]), axis=1, return_index=True)
+    pairs, first = np.unique(np.stack([r.pid, r.camera]), axis=1, return_index=True)    # ordered by person, then camera
     asked = np.isin(np.arange(len(r)), first)
+    ends = np.append(pairs[0, 1:] != pairs[0, :-1], True)                               # of each person's cameras the last
+    asked[first[ends & ~np.isin(pairs[0], r.pid[~asked])]] = False
     return DataSet(dataset.name, dataset.root, None, r[asked], r[~asked])
 
 # %% ../nbs/60_pipeline.ipynb #9028041c
@@ -338,6 +344,19 @@ def usable(records: Records, # one split
                              "leave the group camera out of the pattern")
     return records
 
+# %% ../nbs/60_pipeline.ipynb #7cf62982
+def scorable(query: Records, gallery: Records,
+             what: str # how to call them
+            ) -> None:
+    "Refuse a target in which nobody that is asked for is seen by another camera, or by one that is not known."
+    for split, records in (("query", query), ("gallery", gallery)):
+        if not len(records): raise DomainMixError(f"{what} has no {split} images", "give at least two images of each person, from two cameras")
+    seen = {}
+    for pid, camera in zip(gallery.pid.tolist(), gallery.camera.tolist()): seen.setdefault(pid, set()).add(camera)
+    if not any(pid >= 0 and pid in seen and (camera < 0 or seen[pid] - {camera}) for pid, camera in zip(query.pid.tolist(), query.camera.tolist())):
+        raise DomainMixError(f"no query of {what} has an answer: nobody in it is seen by two cameras", "check that query and gallery number people the same way, and the pattern's "
+                             "groups pid and camera; where the file names say nothing of cameras, leave the group camera out")
+
 def whole(dataset: DataSet, role: str) -> dict[str, Records]:
     "The splits that `role` uses."
     return {"query": dataset.query, "gallery": dataset.gallery} if role == "target" else {role: dataset.train}
@@ -352,6 +371,7 @@ def read_inputs(config: RunConfig, roles=("synthetic", "real", "target")) -> Inp
         splits = whole(open_set(role, config, spec), role)
         table = [np.concatenate([getattr(r, c) for r in splits.values()]) for c in ("path", "pid", "camera")]
         usable(Records(*table), f"{role} {spec}", role != "real")
+        if role == "target": scorable(**splits, what=f"{role} {spec}")
         found[role, spec] = splits
     parts = {}
     for role in roles:
@@ -366,6 +386,13 @@ def keep_net(net: ReIDNet, config: RunConfig, folder: Path) -> Path:
     return save_weights(Path(folder)/"model.safetensors", net, backbone=to_dict(config.net), height=config.height, width=config.width,
                         feature=config.feature, flip=config.flip)
 
+def rewrite_headers(config: RunConfig, stages: list[Stage]) -> None:
+    "Let the networks of a finished run say how features are made, where it was asked for another way since."
+    now = {"feature": config.feature, "flip": config.flip}
+    for file in (s.folder/"model.safetensors" for s in stages):
+        about = about_weights(file) if file.is_file() else now
+        if {**about, **now} != about: save_weights(file, load_weights(file), **{**about, **now})
+
 def load_net(path: str | Path,                # a stage's folder, or a .safetensors file
              net: BackboneConfig | None = None # the architecture, for files that do not say; None: as the file says
             ) -> tuple[ReIDNet, int, int]:
@@ -378,7 +405,7 @@ def load_net(path: str | Path,                # a stage's folder, or a .safetens
         size = [about.get(k) for k in ("height", "width")]
         if not all(v is None or (type(v) is int and 1 <= v <= 4096) for v in size): raise ValueError(f"its images are of {size[0]!r:.20} x {size[1]!r:.20}")
         try: net = load_backbone(net or from_dict(BackboneConfig, about["backbone"]), load_weights(path))
-        except DomainMixError as e: raise e if str(path) in e.what else DomainMixError(f"{path}: {e.what}", e.remedy) from e
+        except DomainMixError as e: raise e if str(path) in e.what else e.reworded(f"{path}: {e.what}") from e
         return net, *size
 
 def fresh_net(config: RunConfig) -> ReIDNet:
@@ -461,9 +488,9 @@ def refined(config: RunConfig, start: Path, # folder of stage 1
            ) -> Path:
     "Pseudo labels -> those that Eq. (1) keeps."
     t = load_labels(Path(start)/"labels.npz")
-    try: label = refine(t.before, config.lower, config.upper)
+    try: label = once(lambda: refine(t.before, config.lower, config.upper))
     except DomainMixError as e:
-        raise DomainMixError(e.what, f"--lower below {config.lower}, --upper above {config.upper}, or more epochs of stage 1 (--spcl.epochs)") from e
+        raise e.reworded(e.what, f"--lower below {config.lower}, --upper above {config.upper}, or more epochs of stage 1 (--{config.labeller}.epochs)") from e
     return save_labels(Path(folder)/"labels.npz", PseudoLabels(t.path, t.camera, label, t.before, t.reliable))
 
 def choose_labels(kind: str,                  # initial, refined or true
@@ -628,34 +655,84 @@ def changed_images(line: str, # of `differences` between two config.json
                   ) -> str:
     "The line; one that two fingerprints differ says what that means."
     role = line.split(".")[1] if line.startswith("inputs.") and ".fingerprint:" in line else None
-    return f"{role}: other images, names or labels than the run began with ({old['inputs'][role]['images']:,} images then)" if role else line
+    if role is None: return line
+    n = old["inputs"][role].get("images")
+    return f"{role}: other images, names or labels than the run began with ({f'{n:,}' if type(n) is int else '?'} images then)"
 
+LABELS = ("stage0", "stage1", "refined")  # the last parts of the names of stages that a run has in common with `label`
+LATER = ("target", "target_pattern", "method", "start", "feature", "flip", "all_stages", "stage2", "stage3") # settings that labels do not depend on
+
+def seals(home: Path,         # a run's folder
+          stages: list[Stage] # of a plan
+         ) -> list[Path]:
+    "The seals below `home` of stages that are not in the plan."
+    own = {s.folder for s in stages}
+    return [p for p in sorted(home.glob("**/stage.json")) if p.parent not in own]
+
+def further(home: Path, stages: list[Stage]) -> bool:
+    "Has a run got beyond its labels, with stages that are not in the plan?"
+    return any(p.parent.name not in LABELS for p in seals(home, stages))
+
+def given_up(home: Path, old: dict, # the run that is there, and its config.json
+             about: dict,           # what config.json will hold
+             stages: list[Stage],   # the plan
+             part: bool = False     # of labels alone
+            ) -> list[str]:
+    "What a run that has got beyond its labels would lose to another, as lines of text."
+    if not further(home, []) and not (home/"metrics.json").is_file(): return []
+    about, lines = plain(about), []
+    for role, v in old.get("inputs", {}).items():
+        here = about["inputs"].get(role)
+        if here is None: lines += [] if part else [f"{role}: images there, none here"]
+        elif isinstance(v, dict) and v.get("fingerprint") != here["fingerprint"]: lines.append(changed_images(f"inputs.{role}.fingerprint:", old))
+    if part: return lines
+    if "methods" not in about: return lines + differences({"method": old.get("method")}, {"method": about["method"]})
+    for seal in seals(home, stages):                                                     # of other rows of a table
+        sealed = load_dict(seal).get("settings")
+        known = {k: v for k, v in sealed.items() if k in about and k != "seed" and v is not None} if isinstance(sealed, dict) else {}
+        lines += differences(known, {k: about[k] for k in known})
+    return [line for line in dict.fromkeys(lines) if not line.startswith("stage3.loss:")] # each method has its own
+
+# %% ../nbs/60_pipeline.ipynb #3d53f272
 def claim(home: Path,             # the run's folder
           about: dict,            # what config.json will hold
           stages: list[Stage],    # the plan
           update: bool = False,   # do the stages that a changed setting concerns again
-          fresh: bool = False     # throw away what is there
+          fresh: bool = False,    # throw away what is there
+          part: bool = False      # are labels all that is asked for? what a run has besides is left alone
          ) -> None:
     "Make `home` the folder of this run, or refuse: another run's work is never overwritten unasked."
     there = [p for p in home.iterdir() if p.name != ".lock"] if home.is_dir() else []
-    for left in home.glob("**/.*.part*"): left.unlink(missing_ok=True)     # what a kill left half written
     if there and not (home/"config.json").is_file():
-        raise DomainMixError(f"{home} exists and is not the folder of a run: it has no config.json", "choose another --run")
+        if all(p in half_written(home) for p in there): there = []           # it was killed in its first moment
+        else: raise DomainMixError(f"{home} exists and is not the folder of a run: it has no config.json", "choose another --run")
     if fresh:
         for p in there: shutil.rmtree(p) if p.is_dir() else p.unlink()
+    old = load_dict(home/"config.json") if there and not fresh else {}
+    if not isinstance(old.get("inputs", {}), dict): raise DomainMixError(f"{home/'config.json'} is damaged: inputs is {old['inputs']!r:.80}", "delete that line, or start from nothing by --fresh")
+    begun = old and next(home.glob("**/stage.json"), None)
+    if begun and ("methods" in old) != ("methods" in about):
+        kinds = ["a table of runs" if "methods" in of else "a single run" for of in (old, about)]
+        raise DomainMixError(f"{home} holds {kinds[0]}, and {kinds[1]} is asked for", "another name (--run); or --fresh, which starts from nothing")
     stale = [s.name for s in stages if s.found()[0] not in (None, s.key)]
-    if stale and not update:
-        old = load_json(home/"config.json")
-        apart = lambda config: {k: v for k, v in config.items() if k not in APART}
-        changed = [changed_images(line, old) for line in differences(apart(old), apart(plain(about)))]
-        kept = [s.name for s in stages if s.done and "/" not in s.name]
-        raise DomainMixError(f"{home} holds a run of another configuration:\n     " + "\n     ".join(changed or ["(the code of its stages)"])
-            + f"\n  its {', '.join(s for s in stale if '/' not in s) or 'scores'} would be done again"
-            + (f", its {', '.join(kept)} kept" if kept else ""),
-            "another name (--run), or the old settings; or --update, which redoes just those stages; or --fresh, which starts from nothing")
+    lost = given_up(home, old, about, stages, part) if begun else []
+    if (stale or lost) and not update: raise another(home, old, about, stages, stale, lost)
+    for left in half_written(home, deep=True): left.unlink(missing_ok=True)
     if not all(s.done for s in stages):
-        for result in ("metrics.json", "labels.json"): (home/result).unlink(missing_ok=True)
+        for result in ("labels.json", *(["metrics.json"] if stale or not part else [])): (home/result).unlink(missing_ok=True)
+    if part and further(home, []):
+        about = {**old, **{k: v for k, v in about.items() if k not in LATER}, "inputs": {**old.get("inputs", {}), **about["inputs"]}}
     save_json(home/"config.json", about)
+
+def another(home, old, about, stages, stale, lost) -> DomainMixError:
+    "The error for a folder that holds another run; arguments as in `claim`."
+    apart = lambda config: {k: v for k, v in config.items() if k not in APART}
+    changed = [changed_images(line, old) for line in differences(apart(old), apart(plain(about)))] if stale else lost
+    kept = [s.name for s in stages if s.done and "/" not in s.name]
+    return DomainMixError(f"{home} holds a run of another configuration:\n     " + "\n     ".join(changed or ["(the code of its stages)"])
+        + (f"\n  its {', '.join(s for s in stale if '/' not in s) or 'scores'} would be done again" if stale else "\n  its results would give way to others")
+        + (f", its {', '.join(kept)} kept" if kept else ""),
+        "another name (--run), or the old settings; or --update, which redoes just those stages; or --fresh, which starts from nothing")
 
 # %% ../nbs/60_pipeline.ipynb #4d2f7ab0
 def label_statistics(inputs: Inputs,
@@ -689,17 +766,23 @@ def metrics(config: RunConfig, inputs: Inputs, stages: list[Stage], checks: list
 # %% ../nbs/60_pipeline.ipynb #224167e5
 HOUSE = ("version", "inputs", "methods", "seeds")  # what config.json holds besides settings
 
-def load_config(path: str | Path # a JSON file with settings, all or some, nested or dotted; a run's config.json too
+def load_config(path: str | Path, # a JSON file with settings, all or some, nested or dotted; a run's config.json too
+                backbone: str | None = None # in the place of the file's
                ) -> tuple[RunConfig, dict]:
     "The run that a file describes, and what the file holds besides settings."
     values = load_json(path)
     if not isinstance(values, dict): raise DomainMixError(f"{path} holds no settings", 'write them as {"real": "folder:DIR", ...}')
-    try: config = configure({k: v for k, v in values.items() if k not in HOUSE})
-    except DomainMixError as e: raise DomainMixError(f"{path}: {e.what}", e.remedy) from e
+    other = {} if backbone is None else {"backbone": backbone}
+    try: config = configure({k: v for k, v in values.items() if k not in HOUSE}, other)
+    except DomainMixError as e: raise e.reworded(f"{path}: {e.what}") from e
+    if other and config.net.name != backbone:            # every setting of another backbone is there, as in a run's config.json
+        raise DomainMixError(f"{path} is of the backbone {config.net.name!r}, net.name and all, and {backbone!r} is asked for", "drop --backbone, or take net out of the file")
     more = {k: values[k] for k in HOUSE if k in values}
     for k, kind in (("methods", str), ("seeds", int)):        # folders are called by them
         if k in more and not (isinstance(more[k], list) and more[k] and all(type(v) is kind for v in more[k])):
             raise DomainMixError(f"{path}: {k} is {more[k]!r:.80}", f"give a list of {'names' if kind is str else 'whole numbers'}")
+    if "seeds" in more and "methods" not in more:
+        raise DomainMixError(f"{path}: seeds is given, and methods is not", 'of one run, write "seed": 0; of a table, "methods" too')
     if not isinstance(more.get("inputs", {}), dict): raise DomainMixError(f"{path}: inputs is {more['inputs']!r:.80}", "leave it out: a run writes it")
     return config, more
 
@@ -720,6 +803,7 @@ def run(config: RunConfig,     # the run
         stages, checks = planned(config, inputs, home)
         once(lambda: claim(home, describe(config, inputs), stages + checks, update, fresh))
         with progress(stages + checks, config.run) as do: do(stages + checks)
+        once(lambda: rewrite_headers(config, stages))
         result = metrics(config, inputs, stages, checks)
         save_json(home/"metrics.json", result)
     return result
@@ -761,7 +845,7 @@ def label(config: RunConfig,     # `target` and the later stages are not used
     inputs = read_inputs(config, ("synthetic", "real"))
     with locked(home):
         stages = [s for s in plan(config, inputs, home) if s.name in ("stage0", "stage1", "stage1/refined")]
-        once(lambda: claim(home, describe(config, inputs), stages, update, fresh))
+        once(lambda: claim(home, describe(config, inputs), stages, update, fresh, part=True))
         with progress(stages, config.run) as do: do(stages)
         folder = home/"stage1/refined"
         sizes = np.bincount((raw := load_labels(folder/"labels.npz").before)[raw >= 0])
@@ -842,12 +926,16 @@ def embed(model: str | Path,      # what `find_net` finds
     features = np.concatenate([extract(net, p.images, **use) for p in parts])
     return write_features(out, features, parts)
 
+def suffixed(path: str | Path, suffix: str) -> Path:
+    "The path with a suffix; a point in its name stays."
+    return path if (path := Path(path)).suffix == suffix else path.with_name(path.name + suffix)
+
 def write_features(out: str | Path,      # the .npy file; a .csv with the paths goes beside it
                    features: np.ndarray, # (N, D)
                    parts: list[Part]     # whose features they are, in order
                   ) -> np.ndarray:
     "Write features and the paths of their images; gives the features."
-    out = Path(out).with_suffix(".npy")
+    out = suffixed(out, ".npy")
     write_atomic(out, lambda p: np.save(p, features))
     rows = "\n".join(["path", *(quoted(f) for p in parts for f in p.records.files())]) + "\n"
     write_atomic(out.with_suffix(".csv"), lambda p: p.write_text(rows, encoding="utf-8", errors="surrogateescape"))
@@ -872,7 +960,7 @@ def tune(model: str | Path,      # what `find_net` finds
     if made.feature in net.metric: del net.metric[made.feature]               # learned anew, not on top
     net.metric[made.feature] = learn_metric(extract(net, part.images, **as_used(made)), part.records.camera, ridge=ridge)
     architecture = about_weights(path).get("backbone") or to_dict((config or made).net)
-    return save_weights(Path(out).with_suffix(".safetensors"), net.cpu(), backbone=architecture, height=height, width=width, feature=made.feature, flip=made.flip)
+    return save_weights(suffixed(out, ".safetensors"), net.cpu(), backbone=architecture, height=height, width=width, feature=made.feature, flip=made.flip)
 
 # %% ../nbs/60_pipeline.ipynb #8f2b98c7
 SCORES = ("mAP", "rank1", "rank5", "rank10", "domain_probe", "mAP_trapezoid", "mINP")
@@ -891,8 +979,9 @@ def table(base: RunConfig,               # its method and seed are replaced
           keep_going: bool = False       # a row that fails says so under `error`, and the others are done
          ) -> list[dict]:
     "Do every method with every seed; gives the rows that table.json holds."
+    if not methods or not seeds: raise DomainMixError(f"a table of {len(methods)} methods and {len(seeds)} seeds is asked for", "give one or more of each, with --methods and --seeds")
     start(base.device)
-    home, rows = run_folder(base), []
+    base, home, rows = handed_down(base), run_folder(base), []
     cells = [checked(with_overrides(base, {"method": m, "seed": s, "stage3.loss": DomainConfig().loss})) for s in seeds for m in methods]
     inputs = read_inputs(cells[-1])
     with locked(home):
@@ -903,6 +992,7 @@ def table(base: RunConfig,               # its method and seed are replaced
             for config, stages, checks in plans:
                 try:
                     do(stages + checks)
+                    once(lambda: rewrite_headers(config, stages))
                     rows.append(row(metrics(config, inputs, stages, checks), stages[-1].folder.relative_to(home)))
                 except DomainMixError as e:
                     if not keep_going: raise

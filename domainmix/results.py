@@ -68,6 +68,7 @@ class Results:
         seeds = self.more.get("seeds")
         if seeds is not None and not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):   # they name folders
             raise DomainMixError(f"the seeds in {self.home/'config.json'} are {seeds!r:.80}", "a table of runs has a list of whole numbers there")
+        if seeds is None and seed not in (None, config.seed): raise DomainMixError(f"{self.home} is a single run, of seed {config.seed}, and seed {seed} is asked for", "leave the seed out: it is for tables")
         self.seed = config.seed if seeds is None else seeds[0] if seed is None else seed
         if seeds and self.seed not in seeds: raise DomainMixError(f"{self.home} has no seed {seed}", f"it has {', '.join(map(str, seeds))}")
         self.store = self.home if seeds is None else self.home/f"seed{self.seed}"
@@ -147,21 +148,31 @@ def _features(self: Results,
     self._made[stage, part] = found
     return found
 
+Results.features = _features
+
+# %% ../nbs/71_results.ipynb #fcbda390
+def _labelling(self: Results) -> StageFolder:
+    "The first stage 1 that is done, whatever it labelled B with."
+    return self.stage(next((n for n, s in self.stages.items() if n.partition("-")[0] == "stage1" and s.done), "stage1"))
+
 def _labels(self: Results,
            refined: bool = True, # after Eq. (1), where that was done
-           stage: str = "stage1"
+           stage: str | None = None # None: the first stage 1 that is done
           ) -> PseudoLabels:
     "The pseudo labels of the real images."
-    folder = self.stage(stage).folder
+    folder = (self.stage(stage) if stage else self.labelling()).folder
     file = folder/"refined/labels.npz" if refined and (folder/"refined/labels.npz").is_file() else folder/"labels.npz"
     found = load_labels(file)
     if max(found.label.max(initial=-1), found.before.max(initial=-1)) >= len(found):
         raise DomainMixError(f"{file} has a label above the number of its images, {len(found):,}", "delete the stage's folder and run it again")
     return found
 
-def _clustered(self: Results, stage: str = "stage1") -> np.ndarray:
+Results.labelling, Results.labels = _labelling, _labels
+
+# %% ../nbs/71_results.ipynb #cf572faa
+def _clustered(self: Results, stage: str | None = None) -> np.ndarray:
     "The features that stage 1 clustered last, (N, D)."
-    return clustered(self.stage(stage).folder, lambda: self.part("real").images)
+    return clustered((self.stage(stage) if stage else self.labelling()).folder, lambda: self.part("real").images)
 
 def _log(self: Results) -> list[dict]:
     "Every epoch of every stage so far."
@@ -173,7 +184,7 @@ def _measured(self: Results) -> dict[str, dict[str, float]]:
     read = lambda f: {k: v for k, v in load_dict(f).items() if is_number(v)} if f.is_file() else {}
     return {s.name: read(s.folder/"ranking/scores.json") | read(s.folder/"probe/scores.json") for s in self.stages.values() if s.done}
 
-Results.features, Results.labels, Results.clustered, Results.log, Results.measured = _features, _labels, _clustered, _log, _measured
+Results.clustered, Results.log, Results.measured = _clustered, _log, _measured
 
 # %% ../nbs/71_results.ipynb #4b12896e
 def checkpoint_net(path: str | Path,     # last.ckpt of a stage that trains

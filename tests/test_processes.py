@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from domainmix.core import load_json, load_jsonl, load_weights, save_json
+from domainmix.loop import load_checkpoint
 from domainmix.pipeline import TINY, TRAININGS
 
 pytest.importorskip("accelerate")
@@ -133,3 +134,34 @@ def test_one_of_two_processes_dies_and_one_goes_on(start, alone):
     job, _ = start("struck", 1)
     said = ends_well(job)
     the_same_but_sooner(home, alone, said)
+
+
+ASKED = """
+import os, signal, sys, torch
+from domainmix.core import ranks
+from domainmix.loop import Run
+from domainmix.parallel import start
+from domainmix.pipeline import report_errors
+
+def stage():
+    start("cpu")
+    with Run("toy", 3, 45, {}, {"net": torch.nn.Linear(1, 1)}, "toy") as run:
+        run.every = 20                                            # as on a GPU
+        for epoch in run:
+            for step in run.steps(range(15)):
+                if (epoch, step, ranks()[0]) == (1, 6, 1): os.kill(os.getpid(), signal.SIGTERM)
+                run.add(1, loss=torch.tensor(1.))
+            run.end_epoch()
+code = report_errors(stage)
+open(f"code{os.environ['RANK']}", "w").write(str(code))
+sys.exit(code)
+"""
+
+
+def test_of_two_processes_one_is_asked_and_both_end_after_the_same_step(tmp_path):
+    (tmp_path/"asked.py").write_text(ASKED)
+    job = subprocess.Popen([*TORCHRUN, "2", str(tmp_path/"asked.py")], env=ENV, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    code, said = ended(job, 120)
+    assert code != 0 and [(tmp_path/f"code{rank}").read_text() for rank in (0, 1)] == ["143", "143"], said
+    history, midway = load_checkpoint(tmp_path/"toy/last.ckpt", {}, {})
+    assert len(history) == 1 and midway["meter"][3] == 15 and "1 of 3 epochs and 15 steps" in said, said
