@@ -864,6 +864,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                       'domainmix.silhouette.learn_silhouettes': ( 'silhouette.html#learn_silhouettes',
                                                                                   'domainmix/silhouette.py'),
                                       'domainmix.silhouette.pair': ('silhouette.html#pair', 'domainmix/silhouette.py'),
+                                      'domainmix.silhouette.people_alone': ('silhouette.html#people_alone', 'domainmix/silhouette.py'),
                                       'domainmix.silhouette.restyled': ('silhouette.html#restyled', 'domainmix/silhouette.py'),
                                       'domainmix.silhouette.shipped': ('silhouette.html#shipped', 'domainmix/silhouette.py'),
                                       'domainmix.silhouette.silhouette': ('silhouette.html#silhouette', 'domainmix/silhouette.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'FILLED', 'TAIL', 'pair', 'Silhouette', 'folded', 'ends', 'cut_out', 'restyled', 'jolted', 'learn_silhouettes',
-           'shipped', 'silhouette', 'silhouettes']
+           'shipped', 'silhouette', 'silhouettes', 'people_alone']
 
 # %% ../nbs/15_silhouette.ipynb #60a391d5
 from importlib.resources import files
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
 
-from .batches import normalise
+from .batches import MEAN, STD, normalise
 from .core import DomainMixError, autocast, generator, load_weights, save_weights
 from .world import DomainStyle, draw_domain, outline
 
@@ -164,3 +164,9 @@ def silhouettes(images: Tensor # uint8 (N, 3, H, W)
     net = silhouette().to(images.device)
     with torch.no_grad():
         return torch.cat([(net(normalise(part)) * 255).round().byte() for part in images.split(256)] or [images[:, :1]])
+
+def people_alone(images: Tensor # uint8 (N, 3, H, W)
+                ) -> Tensor:    # the same
+    "What a network of view `person` is shown, to look at: where nobody is, the mean colour."
+    alone = cut_out(normalise(images), silhouettes(images) / 255)
+    return ((alone * STD.to(images.device) + MEAN.to(images.device)).clamp(0, 1) * 255).round().byte()
