@@ -1041,8 +1041,8 @@ def gains_text(rows: list[dict], key: str = "mAP") -> str:
 # %% ../nbs/60_pipeline.ipynb #100506b9
 DEMO = {
     "run": "demo", "real": "world", "target": "world", "world": {"a": {"ids": 400}}, "net": {"width": 16}, "flip": False, "all_stages": False,
-    "pretrain": {"epochs": 3, "iterations": 60}, **{name: {"epochs": 3, "iterations": 20} for name in LABELLERS},
-    "stage2": {"epochs": 2, "iterations": 35}, "stage3": {"epochs": 6, "iterations": 10},
+    "pretrain": {"epochs": 3, "iterations": 50}, **{name: {"epochs": 3, "iterations": 16} for name in LABELLERS},
+    "stage2": {"epochs": 2, "iterations": 30}, "stage3": {"epochs": 6, "iterations": 8},
 }
 DEMO_SEEDS = 2
 
