@@ -335,7 +335,7 @@ class Person(nn.Module):
         with torch.no_grad():
             mask = self.outline(x)
             with torch.autocast(x.device.type, enabled=False):
-                alone = cut_out(x.float(), mask.float())
+                alone = cut_out(x.float(), mask)
         last = x.is_contiguous(memory_format=torch.channels_last)
         return self.body(alone.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format))
 
@@ -436,7 +436,7 @@ def _body(config: BackboneConfig, seed: int, *whose) -> tuple[nn.Module, int]:
     if config.last_stride != 1 and config.name.startswith(("osnet", "timm:")):
         raise DomainMixError(f"last_stride is {config.last_stride}, and {config.name} has no such choice", "leave it at 1: this network keeps its own strides")
     if config.name.startswith("timm:"):
-        return timm_body(config.name.removeprefix("timm:"), seed)
+        return timm_body(config.name.removeprefix("timm:"), generator(seed, *whose).initial_seed() if whose else seed)
     with torch.random.fork_rng(devices=[]):   # layers draw weights when they are made; those are drawn again
         body, channels = BODIES[config.name](config)
     _draw_weights(body, seed, *whose)

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from .backbone import ReIDNet, from_domain_bn, to_ghost_bn
 from .batches import TrainSet
 from .core import DomainMixError, autocast, from_dict, generator, pick_device, ranks, to_dict
-from .loop import Run, adam, averaged, class_means, laid_out, lr_schedule, set_lr, weights_key
+from .loop import Run, adam, averaged, laid_out, lr_schedule, set_lr, weights_key
 from .losses import hardest, id_loss, triplet_loss
 from .parallel import gathered, mean_gradients
 from .pseudolabel import ClusterConfig, Clusters
 from .spcl import Labels, Mixture, SpCLConfig, adapt, epoch_line, regroup, run_key
-from .trainer import Classifying, Feed, TrainConfig, backbone_loss, class_scores, compile_net, first_classifier, over_views
+from .trainer import Classifying, Feed, TrainConfig, backbone_loss, class_scores, compile_net, first_classifier, mean_features, over_views
 
 # %% ../nbs/41_labellers.ipynb #b0d1a81a
 @dataclass
@@ -108,7 +108,7 @@ class Learner:
 
     def begin(self, data: TrainSet, features: Tensor, rng: torch.Generator) -> None:
         "Start an epoch on `data`, whose `features` (N, D) are those of `best`."
-        if self.config.init_classifier == "means": rows = self.net.views ** .5 * class_means(features, data.label.to(self.device), data.n_classes)
+        if self.config.init_classifier == "means": rows = mean_features(self.net, data, self.device, features=features)
         else: rows = first_classifier(self.net, data, self.config, rng, self.device)
         self.model = Classifying(self.net, rows).to(self.device).train()
         self.average_classifier = averaged(self.model.classifier, self.config.ema)

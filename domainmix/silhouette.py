@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm.auto import tqdm
 
 from .batches import MEAN, STD, normalise
-from .core import DomainMixError, autocast, generator, load_weights, save_weights
+from .core import DomainMixError, autocast, generator, load_weights
 from .world import DomainStyle, draw_domain, outline
 
 # %% ../nbs/15_silhouette.ipynb #846ea25c
@@ -151,9 +151,11 @@ def shipped() -> Path:
 
 def silhouette() -> Silhouette:
     "The trained network of the package, fixed."
+    if not shipped().is_file():
+        raise DomainMixError(f"{shipped().name} is missing from the package domainmix", "install domainmix again; nbs/15_silhouette.ipynb tells how the file is made")
     with torch.device("meta"): net = folded(Silhouette())
     net.load_state_dict({k: v.float() for k, v in load_weights(shipped()).items()}, assign=True)
-    return net.requires_grad_(False)
+    return net
 
 # %% ../nbs/15_silhouette.ipynb #500f7c3b
 def silhouettes(images: Tensor # uint8 (N, 3, H, W)
@@ -163,7 +165,7 @@ def silhouettes(images: Tensor # uint8 (N, 3, H, W)
         raise DomainMixError(f"images are {images.dtype} {tuple(images.shape)}", "give uint8 (N, 3, H, W)")
     net = silhouette().to(images.device)
     with torch.no_grad():
-        return torch.cat([(net(normalise(part)) * 255).round().byte() for part in images.split(256)] or [images[:, :1]])
+        return torch.cat([(net(normalise(part)) * 255).round().byte() for part in images.split(256)])
 
 def people_alone(images: Tensor # uint8 (N, 3, H, W)
                 ) -> Tensor:    # the same

@@ -133,9 +133,11 @@ def mean_features(
     data: TrainSet,
     device: torch.device,
     precision: str = "auto",
+    features: Tensor | None = None, # (N, D) of the images, where they are known
 ) -> Tensor:               # (n_classes, D), rows whose part of each view has about length one
     "The mean feature of each class, as the network sees it now."
-    return net.views ** .5 * class_means(embed_images(net, data.images, device, precision=precision), data.label.to(device), data.n_classes)
+    if features is None: features = embed_images(net, data.images, device, precision=precision)
+    return net.views ** .5 * class_means(features, data.label.to(device), data.n_classes)
 
 
 def first_classifier(

@@ -760,12 +760,14 @@ def draw(people: dict, cameras: dict, scenes: Tensor, views: dict, seen: dict, n
     scenes, noise, views = scenes.to(device), noise.to(device), move(views)
     who, cam = take(move(people), person), take(move(cameras), camera)
     tables = pose(who, views, cam), who, views, cam
-    images = torch.empty(n, 1 if paint is outline else 3, *size, dtype=torch.uint8)
+    images = torch.empty(0, 3, *size, dtype=torch.uint8)
     for start in tqdm(range(0, n, chunk), progress, disable=not progress, leave=False):
         rows = slice(start, start + chunk)
         joints, who, view, cam = (take(t, rows) for t in tables)
         ground = Canvas(background(scenes, camera[rows], view, size))
-        images[rows] = (paint(ground, joints, who, view, cam, noise) * 255).round().byte().cpu()
+        part = (paint(ground, joints, who, view, cam, noise) * 255).round().byte().cpu()
+        if not start: images = part.new_empty(n, *part.shape[1:])
+        images[rows] = part
     return images
 
 # %% ../nbs/10_world.ipynb #205d0be9
