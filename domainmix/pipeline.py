@@ -85,7 +85,7 @@ DOWN = ("precision", "channels_last", "fused")              # what a run hands d
 CLUSTERING = {"epochs": 4, "iterations": 60, "lr": 5e-4, "schedule": "cosine", "samples_per_bn": None, "camera_centre": True, "flip": True,
               "label_feature": "raw", "cluster": {"eps": 0.55, "reliability": False}}
 SMALL = {
-    "net": {"width": 24, "stripes": 8, "view": "both"}, "start": "stage1", "flip": True, "feature": "raw",
+    "net": {"width": 24, "view": "both", "parts": True}, "start": "stage1", "flip": True, "feature": "raw",
     **{f"{stage}.augment.erase": 0. for stage in TRAININGS},
     "pretrain": {"epochs": 9, "iterations": 100, "lr": 2e-3, "schedule": "cosine", "lambda_id": 1.0, "warmup": 0.5, "ema": 0.99},
     "spcl": {**CLUSTERING, "domain_bn": False, "outliers": "negative", "refresh": True}, "mmt": {**CLUSTERING, "ema": 0.99}, "plain": CLUSTERING,
@@ -198,7 +198,7 @@ def checked(config: RunConfig # as a person gave it
 
 # %% ../nbs/60_pipeline.ipynb #6a58af63
 TINY = {
-    "height": 32, "width": 16, "net": {"width": 8, "stripes": 2, "view": "whole"}, "lower": 2,
+    "height": 32, "width": 16, "net": {"width": 8, "stripes": 2, "view": "whole", "parts": False}, "lower": 2,
     **{s: {"epochs": 2, "iterations": 3, "p": 4, "k": 2} for s in TRAININGS},
     "world": {"height": 32, "width": 16, "held_out": 0.0,
               **{d: {"ids": 10, "cameras": 2, "cameras_per_id": [2, 2], "images_per_camera": [3, 3], "scenes": 1, "passers_by": 0.0} for d in "abc"}},

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np, torch
 
 # %% ../nbs/71_results.ipynb #7b5281b0
+from .backbone import Seen
 from .batches import normalise
 from .core import DomainMixError, fingerprint, generator, load_dict, load_json, load_jsonl, load_state, locked, reading, save_json, with_overrides, write_atomic
 from .evaluate import extract, rank, ranked_list
@@ -243,8 +244,10 @@ def attention(net: torch.nn.Module,  # a `ReIDNet`
               images: torch.Tensor   # uint8 (N, 3, H, W)
              ) -> np.ndarray:        # float32 (N, h, w), 0 to 1
     "How strongly each place of an image speaks in its feature; of a network with two views, in that of the whole image."
-    with torch.no_grad(): maps = net.eval().body(normalise(images).contiguous(memory_format=torch.channels_last))
-    maps = (maps[0] if isinstance(maps, tuple) else maps).square().mean(1).sqrt()
+    with torch.no_grad(): seen = net.eval().body(normalise(images).contiguous(memory_format=torch.channels_last))
+    if isinstance(seen, tuple): seen = seen[0]
+    maps = (seen.map if isinstance(seen, Seen) else seen).square().mean(1).sqrt()
+    if isinstance(seen, Seen): maps = maps * seen.shares().sum(1)    # a small part's few places speak as loud as a large one's many
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return ((maps - low) / (high - low).clamp(min=1e-9)).numpy()
 
@@ -311,7 +314,7 @@ def run_report(results: Results,
     return report(out or results.home/"report.html", f"domainmix: {results.home.name}", stage_rows(results), figures, results.config, notes)
 
 # %% ../nbs/71_results.ipynb #4c1c87fd
-EXAMPLE = {"real": "world", "target": "world", "run": "example", "height": 32, "width": 16, "lower": 4, "net.width": 16, "net.stripes": 2, "net.view": "whole", "flip": False,
+EXAMPLE = {"real": "world", "target": "world", "run": "example", "height": 32, "width": 16, "lower": 4, "net.width": 16, "net.stripes": 2, "net.view": "whole", "net.parts": False, "flip": False,
            "world": {"height": 32, "width": 16, "a": {"ids": 80}, "b": {"ids": 60, "images_per_camera": [3, 5]}, "c": {"ids": 40}},
            "pretrain.epochs": 3, "pretrain.iterations": 40, "spcl.epochs": 3, "spcl.iterations": 15, "stage2.epochs": 3, "stage2.iterations": 25,
            "stage3.epochs": 4, "stage3.iterations": 15}

@@ -25,7 +25,7 @@ from forks import Forks
 
 STAGES = {"epochs": 2, "iterations": 4, "p": 4, "k": 2}
 TINY = {
-    "height": 32, "width": 16, "all_stages": False, "net.width": 8, "net.stripes": 2, "net.view": "whole", "lower": 2, "spcl.cluster.k1": 5,
+    "height": 32, "width": 16, "all_stages": False, "net.width": 8, "net.stripes": 2, "net.view": "whole", "net.parts": False, "lower": 2, "spcl.cluster.k1": 5,
     **{f"{stage}.{k}": v for stage in ("pretrain", "spcl", "stage2", "stage3") for k, v in STAGES.items()},
 }
 FIRST = ["--run", "first", "--all-stages"]
