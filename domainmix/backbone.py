@@ -341,7 +341,7 @@ class Seen(NamedTuple):
         "Of each part: (B, P, C)."
         return torch.einsum("bchw,bphw->bpc", self.map.float(), self.shares())
 
-
+# %% ../nbs/20_backbone.ipynb #09c1a03e
 class Views(nn.Module):
     "A body for each view of the images, and a parser that finds the people in them."
     def __init__(
