@@ -8,7 +8,7 @@ __all__ = ['ROLES', 'VIEWS', 'EXAMPLE', 'StageFolder', 'stage_folders', 'read_fe
            'example']
 
 # %% ../nbs/71_results.ipynb #76debf81
-import tempfile
+import shutil, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
@@ -199,16 +199,20 @@ def checkpoint_net(path: str | Path,     # last.ckpt of a stage that trains
 
 def third_again(config: RunConfig, inputs: Inputs,
                 second: Path,        # folder of stage 2
-                labels: Path | None  # folder of the labels of B
+                labels: Path | None, # folder of the labels of B
+                folder: Path         # to work in; a call that was stopped there is taken up
                ) -> list[dict]:      # one an epoch, and one before the first: epoch, domain_probe, and what the log says
-    "Run stage 3 and probe each epoch's network; nothing of it is kept."
-    look = lambda net: probing(inputs, net, config.seed, **as_used(config))
-    net = load_net(second)[0]
-    rows = [{"epoch": 0, "domain_probe": look(net)}]
-    with tempfile.TemporaryDirectory() as folder:
-        report = lambda **line: rows.append({**line, "domain_probe": look(checkpoint_net(Path(folder)/"last.ckpt", net))})
-        stage3(config, inputs, second, labels, Path(folder), report)
-    return rows
+    "Run stage 3 and probe each epoch's network."
+    net, file, last, log = load_net(second)[0], folder/"probes.json", folder/"last.ckpt", folder/"log.jsonl"
+    probes = load_dict(file) if file.is_file() else {}
+    def probe(net, epoch):
+        probes[str(epoch)] = probing(inputs, net, config.seed, **as_used(config))
+        save_json(file, probes)
+    if "0" not in probes: probe(net, 0)
+    done = load_jsonl(log) if last.is_file() and log.is_file() else []
+    if done and str(epoch := done[-1]["epoch"]) not in probes: probe(checkpoint_net(last, net), epoch)   # it was stopped between the two
+    stage3(config, inputs, second, labels, folder, lambda epoch, **_: probe(checkpoint_net(last, net), epoch))
+    return [{**line, "domain_probe": probes[str(line["epoch"])]} for line in ({"epoch": 0}, *load_jsonl(log))]
 
 # %% ../nbs/71_results.ipynb #6bca7f3d
 def _third(self: Results, method: str) -> tuple[RunConfig, Inputs, Stage]:
@@ -232,9 +236,13 @@ def _probe_epochs(self: Results,
     if file.is_file(): return load_json(file)
     if not again: raise DomainMixError(f"{stage.name} of {self.home.name} has not been probed epoch by epoch", "Results.probe_epochs runs it again, once; that takes as long as it took")
     second = stage.after[0]
-    rows = third_again(config, inputs, second.folder, second.after[-1].folder if METHODS[config.method].labels in ("initial", "refined") else None)
-    try: save_json(file, rows)
-    except OSError: pass                        # a folder that is read-only is still looked at
+    labels = second.after[-1].folder if METHODS[config.method].labels in ("initial", "refined") else None
+    work = file.with_suffix("")
+    try: work.mkdir(parents=True, exist_ok=True)
+    except OSError:                             # a folder that is read-only is still looked at
+        with tempfile.TemporaryDirectory() as elsewhere: return third_again(config, inputs, second.folder, labels, Path(elsewhere))
+    with locked(work): save_json(file, rows := third_again(config, inputs, second.folder, labels, work))
+    shutil.rmtree(work)
     return rows
 
 Results._third, Results.probe_epochs = _third, _probe_epochs
