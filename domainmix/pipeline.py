@@ -85,7 +85,7 @@ DOWN = ("precision", "channels_last", "fused")              # what a run hands d
 CLUSTERING = {"epochs": 4, "iterations": 60, "lr": 5e-4, "schedule": "cosine", "samples_per_bn": None, "camera_centre": True, "flip": True,
               "label_feature": "raw", "cluster": {"eps": 0.55, "reliability": False}}
 SMALL = {
-    "net": {"width": 24, "view": "both", "parts": True}, "start": "stage1", "flip": True, "feature": "raw",
+    "net": {"width": 24, "stripes": 8, "view": "both", "parts": True}, "start": "stage1", "flip": True, "feature": "raw",
     **{f"{stage}.augment.erase": 0. for stage in TRAININGS},
     "pretrain": {"epochs": 9, "iterations": 100, "lr": 2e-3, "schedule": "cosine", "lambda_id": 1.0, "warmup": 0.5, "ema": 0.99},
     "spcl": {**CLUSTERING, "domain_bn": False, "outliers": "negative", "refresh": True}, "mmt": {**CLUSTERING, "ema": 0.99}, "plain": CLUSTERING,
