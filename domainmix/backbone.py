@@ -297,7 +297,7 @@ class BackboneConfig:
     "Which network, and where its weights start."
     name: str = "small"      # small, resnet50, resnet50_ibn, osnet, osnet_ibn, osnet_x0_25, osnet_ibn_x0_25, or timm:NAME
     width: int = 32          # small: channels of the first stage
-    stripes: int = 4         # horizontal averages that make the feature; 1 is one global average
+    stripes: int = 4         # horizontal averages that make the feature, without parts; 1 is one global average
     ibn: bool = True         # small: IBN in the first three stages
     last_stride: int = 1     # small and resnet50: of the last stage; 1 keeps the map tall
     weights: str = "none"    # none, imagenet, or a file (.safetensors or .pth)
