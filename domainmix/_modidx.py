@@ -632,6 +632,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                     'domainmix.parallel.first': ('parallel.html#first', 'domainmix/parallel.py'),
                                     'domainmix.parallel.gathered': ('parallel.html#gathered', 'domainmix/parallel.py'),
                                     'domainmix.parallel.joined': ('parallel.html#joined', 'domainmix/parallel.py'),
+                                    'domainmix.parallel.leave': ('parallel.html#leave', 'domainmix/parallel.py'),
                                     'domainmix.parallel.level': ('parallel.html#level', 'domainmix/parallel.py'),
                                     'domainmix.parallel.mean_gradients': ('parallel.html#mean_gradients', 'domainmix/parallel.py'),
                                     'domainmix.parallel.mean_over': ('parallel.html#mean_over', 'domainmix/parallel.py'),
