@@ -471,7 +471,9 @@ def _body(config: BackboneConfig, seed: int, *whose) -> tuple[nn.Module, int]:
 # %% ../nbs/20_backbone.ipynb #a1f2d3b7
 def _widen(body: nn.Module, more: int) -> None:
     "Give a body `more` channels at its entry, in place; their weights are 0 at first, so that it begins as it would without them."
-    entry = next(m for m in body.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3)
+    entry = next((m for m in body.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), None)
+    if entry is None:
+        raise DomainMixError("this network has no convolution that takes the three channels of an image", "leave net.parts off, or choose another backbone")
     entry.weight = nn.Parameter(F.pad(entry.weight.data, (0, 0, 0, 0, 0, more)))
     entry.in_channels += more
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'FILLED', 'TAIL', 'pair', 'Parser', 'folded', 'ends', 'cut_out', 'restyled', 'jolted', 'learn_parsing',
-           'shipped', 'parser', 'parsed', 'people_alone', 'coloured']
+           'shipped', 'parser', 'parsed', 'people_alone']
 
 # %% ../nbs/15_parsing.ipynb #60a391d5
 from importlib.resources import files
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .batches import MEAN, STD, normalise
 from .core import DomainMixError, autocast, generator, load_weights
-from .world import PARTS, DomainStyle, draw_domain, hsv, parts
+from .world import PARTS, DomainStyle, draw_domain, parts
 
 # %% ../nbs/15_parsing.ipynb #846ea25c
 SIZE = 64, 32   # rows and columns that the network works on
@@ -174,10 +174,3 @@ def people_alone(images: Tensor # uint8 (N, 3, H, W)
     "What a network of view `person` is shown, to look at: where nobody is, the mean colour."
     alone, _ = cut_out(normalise(images), parsed(images) / 255)
     return ((alone * STD.to(images.device) + MEAN.to(images.device)).clamp(0, 1) * 255).round().byte()
-
-def coloured(parts: Tensor # uint8 (N, 7, H, W)
-            ) -> Tensor:   # uint8 (N, 3, H, W)
-    "A picture of the parts, each of its own hue, on black."
-    n = parts.shape[1]
-    hues = hsv(torch.arange(n) / n, torch.full((n,), .75), torch.full((n,), .95)).to(parts.device)
-    return torch.einsum("bphw,pc->bchw", parts.float(), hues).clamp(max=255).round().byte()

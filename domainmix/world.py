@@ -11,8 +11,8 @@ __all__ = ['PALETTES', 'PATTERNS', 'BAGS', 'CLOTHES', 'PARTS', 'FAR', 'NEAR', 'D
            'rounded', 'project', 'pose_leg', 'pose_arm', 'pose', 'draw_leg', 'draw_arm', 'body_angle', 'cloth', 'chest',
            'trunk', 'folds', 'draw_torso', 'draw_skirt', 'paint_bag', 'draw_backpack', 'draw_satchel', 'draw_handbag',
            'draw_head', 'painters', 'draw_person', 'cut', 'add_bystanders', 'background', 'draw_shadow', 'draw_post',
-           'film', 'Domain', 'picture', 'parts', 'draw', 'draw_domain', 'WorldConfig', 'draw_world', 'one_query_each',
-           'test_split', 'source_split', 'toy']
+           'film', 'Domain', 'picture', 'parts', 'coloured', 'draw', 'draw_domain', 'WorldConfig', 'draw_world',
+           'one_query_each', 'test_split', 'source_split', 'toy']
 
 # %% ../nbs/10_world.ipynb #e9369071
 import math
@@ -752,6 +752,13 @@ def parts(c: Canvas,       # only its size counts
     draw_person(plan, j, who, view)
     draw_post(plan, view)
     return plan.image
+
+def coloured(parts: Tensor # uint8 (N, 7, H, W)
+            ) -> Tensor:   # uint8 (N, 3, H, W)
+    "A picture of the parts, each of its own hue, on black."
+    n = parts.shape[1]
+    hues = hsv(torch.arange(n) / n, torch.full((n,), .75), torch.full((n,), .95)).to(parts.device)
+    return torch.einsum("bphw,pc->bchw", parts.float(), hues).clamp(max=255).round().byte()
 
 # %% ../nbs/10_world.ipynb #941a1bea
 def draw(people: dict, cameras: dict, scenes: Tensor, views: dict, seen: dict, noise: Tensor,
