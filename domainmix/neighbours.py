@@ -188,8 +188,9 @@ def meet(first: int, last: int, # which rows of V
          least                  # float32, above 0; sums that cannot reach it are not kept
         ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Sums of minima of rows first to last - 1 with all that are not before them: (how many of each row, with whom, sums)."
-    n = len(indptr) - 1
-    total, touched = np.zeros(n, np.float32), np.zeros(n//64 + 1, np.bool_)
+    n, wide = len(indptr) - 1, (len(indptr)//64 + 1)*64
+    total, touched, spare = np.zeros(wide, np.float32), np.zeros(wide//64, np.bool_), np.zeros(wide, np.float32)    # whole blocks
+    spare[:n] = lost
     count, other, kept = np.zeros(last - first, np.int64), np.empty(n, np.int32), np.empty(n, np.float32)
     used = 0
     for i in range(first, last):
@@ -203,18 +204,18 @@ def meet(first: int, last: int, # which rows of V
             more, sums = np.empty(2*(used + n), np.int32), np.empty(2*(used + n), np.float32)
             more[:used], sums[:used] = other[:used], kept[:used]
             other, kept = more, sums
-        begin, enough = used, least - lost[i]
+        begin, enough = used, np.float32(least - lost[i])
         for block in range(i >> 6, len(touched)):
             if touched[block]:
-                touched[block] = False
-                stop, some = min(64*block + 64, n), 0
-                for r in range(64*block, stop): some += total[r] + lost[r] >= enough      # eight at a time; never where nothing met
+                touched[block], own = False, slice(64*block, 64*block + 64)
+                got, room, some = total[own], spare[own], np.int32(0)
+                for k in range(64): some += got[k] + room[k] >= enough         # no branch and no odd end: sixteen at a time
                 if some:
-                    for r in range(64*block, stop):
-                        if total[r] + lost[r] >= enough:
-                            other[used], kept[used] = r, total[r]
+                    for k in range(64):
+                        if got[k] + room[k] >= enough:
+                            other[used], kept[used] = 64*block + k, got[k]
                             used += 1
-                total[64*block:stop] = 0
+                for k in range(64): got[k] = 0
         count[i - first] = used - begin
     return count, other[:used].copy(), kept[:used].copy()
 
