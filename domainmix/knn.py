@@ -126,28 +126,32 @@ def best_by_rows(x: torch.Tensor,           # (N, D)
     return value, column
 
 # %% ../nbs/29_knn.ipynb #b8127927
-def offer(S: np.ndarray,      # float32 (R, C) products
-          first: int,         # the number of the first column
-          value: np.ndarray,  # float32 (R, m) the best so far, largest first; changed in place
-          column: np.ndarray  # int32 (R, m) their columns
+def offer(S: np.ndarray,      # float32 (R, C) products of some rows and others
+          first: int,         # the number of the first row
+          other: int,         # the number of the first column; the same where the tile lies on the diagonal
+          value: np.ndarray,  # float32 (N, m) the best so far of all, largest first; changed in place
+          column: np.ndarray  # int32 (N, m) with whom
          ) -> None:
-    "Put what is better than the last on its row's list in its place; of equals the one that came first stays ahead."
-    m = value.shape[1]
+    "Put what is better than the last on a list in its place, on the row's list and on the column's; of equals the one that came first stays ahead."
+    def insert(best, which, product, partner):
+        at = len(best) - 1
+        while at > 0 and best[at - 1] < product:
+            best[at], which[at] = best[at - 1], which[at - 1]
+            at -= 1
+        best[at], which[at] = product, partner
+        return best[-1]
+    floors = value[other:other + S.shape[1], -1].copy()
+    if first == other: floors[:] = np.inf      # each column is a row too
     for i in range(S.shape[0]):
-        best, which, row = value[i], column[i], S[i]
-        floor = best[m - 1]
-        for start in range(0, len(row), 64):
-            piece, hits = row[start:start + 64], np.int32(0)
-            for j in range(len(piece)): hits += piece[j] > floor     # no branch: many at a time
+        me, floor = first + i, value[first + i, -1]
+        for start in range(0, S.shape[1], 64):
+            piece, theirs, hits = S[i, start:start + 64], floors[start:start + 64], np.int32(0)
+            for j in range(len(piece)): hits += (piece[j] > floor) | (piece[j] > theirs[j])     # no branch: many at a time
             if hits == 0: continue
             for j in range(len(piece)):
-                if piece[j] > floor:
-                    at = m - 1
-                    while at > 0 and best[at - 1] < piece[j]:
-                        best[at], which[at] = best[at - 1], which[at - 1]
-                        at -= 1
-                    best[at], which[at] = piece[j], first + start + j
-                    floor = best[m - 1]
+                product, you = piece[j], other + start + j
+                if product > floor: floor = insert(value[me], column[me], product, you)
+                if product > theirs[j]: theirs[j] = insert(value[you], column[you], product, me)
 
 # %% ../nbs/29_knn.ipynb #bc580e48
 def best_symmetric(x: torch.Tensor,        # (N, D) on the CPU
@@ -164,8 +168,7 @@ def best_symmetric(x: torch.Tensor,        # (N, D) on the CPU
     for i, j in _bar(tiles, n):
         a, b = slice(i, i + tile), slice(j, j + tile)
         S = _finished(products(x[a], x[b]), a, b, scale, bias)
-        insert(S.numpy(), j, value[a], column[a])
-        if i != j: insert(S.T.contiguous().numpy(), i, value[b], column[b])
+        insert(S.numpy(), i, j, value, column)
     return torch.from_numpy(value), torch.from_numpy(column)
 
 # %% ../nbs/29_knn.ipynb #12f41f69
