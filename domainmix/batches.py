@@ -205,7 +205,7 @@ MEAN, STD = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.
 def normalise(images: torch.Tensor # uint8 (B, 3, H, W)
              ) -> torch.Tensor:
     "Float (B, 3, H, W) with ImageNet's mean and standard deviation taken out."
-    mean, std = MEAN.to(images.device), STD.to(images.device)
+    mean, std = (v.to(images.device, non_blocking=True) for v in (MEAN, STD))     # or a GPU would be waited for
     return images.float().div_(255).sub_(mean).div_(std)
 
 # %% ../nbs/12_batches.ipynb #c961efd1

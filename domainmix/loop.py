@@ -217,7 +217,7 @@ def save_checkpoint(
 ) -> None:
     "Save what `load_checkpoint` needs, and log.jsonl; a network that is not finite any more never replaces a good one."
     for name, part in parts.items():
-        if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.state_dict().values()):
+        if isinstance(part, nn.Module) and not torch.stack([p.isfinite().all() for p in part.state_dict().values()]).all():    # one look at a GPU
             raise DomainMixError(f"epoch {len(history)}: the weights of {name} are not finite; {path} is left as it was",
                                  "lower the learning rate, or use precision 'fp32'")
     if ranks()[0]: return
@@ -408,7 +408,8 @@ def take(
     device: torch.device,  # where the network is
 ) -> Tensor:               # (B, 3, H, W) uint8 on the device
     "A batch of images, on the device."
-    batch = images[index] if isinstance(images, Pile) else images.index_select(0, index.to(images.device))   # copies rows; images[index] copies bytes
+    if isinstance(images, Pile): batch = images[index]
+    else: batch = images.index_select(0, index.to(images.device, non_blocking=True))   # copies rows; images[index] copies bytes
     if device.type == "cuda" and batch.device.type == "cpu": batch = batch.pin_memory()    # else the copy would wait
     return batch.to(device, non_blocking=True)
 

@@ -173,4 +173,5 @@ def people_alone(images: Tensor # uint8 (N, 3, H, W)
                 ) -> Tensor:    # the same
     "What a network of view `person` is shown, to look at: where nobody is, the mean colour."
     alone, _ = cut_out(normalise(images), parsed(images) / 255)
-    return ((alone * STD.to(images.device) + MEAN.to(images.device)).clamp(0, 1) * 255).round().byte()
+    mean, std = (v.to(images.device, non_blocking=True) for v in (MEAN, STD))
+    return ((alone * std + mean).clamp(0, 1) * 255).round().byte()

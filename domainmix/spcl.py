@@ -60,25 +60,24 @@ def class_scores(
     feature: Tensor,      # (B, D), of length one
     rows: Tensor,         # (M, D) the memory
     classes: Tensor,      # (M,) int64, the class of each row: 0, 1, ... without gaps
-    n_classes: int,
+    size: Tensor,         # (C, 1), the rows of each class
     temperature: float,
-) -> Tensor:              # (B, n_classes)
+) -> Tensor:              # (B, C)
     "Mean similarity to the members of each class, over the temperature."
-    size = torch.bincount(classes, minlength=n_classes)[:, None]
-    mean = rows.new_zeros(n_classes, rows.shape[1]).index_add_(0, classes, rows) / size
+    mean = rows.new_zeros(len(size), rows.shape[1]).index_add_(0, classes, rows) / size
     return feature @ mean.T / temperature
 
 # %% ../nbs/32_spcl.ipynb #8e38f526
 def rounds(
-    row: Tensor,      # (B,) int64
-) -> Tensor:          # (B,) int64
-    "How often each entry has occurred before."
+    row: Tensor,                # (B,) int64
+) -> tuple[Tensor, Tensor]:     # (B,) int64 each
+    "Of each entry: the place of its row among the different ones, in ascending order, and how often it has occurred before."
     order = row.argsort(stable=True)
     ordered, place = row[order], torch.arange(len(row), device=row.device)
     first = torch.ones_like(row, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
     start = torch.where(first, place, 0).cummax(0).values
-    return torch.empty_like(row).scatter_(0, order, place - start)
+    return tuple(torch.empty_like(row).scatter_(0, order, x) for x in (first.cumsum(0) - 1, place - start))
 
 
 @torch.no_grad()
@@ -87,13 +86,19 @@ def remember(
     feature: Tensor,      # (B, D), of length one
     row: Tensor,          # (B,) int64, the row of each
     momentum: float,      # share that a row keeps
+    most: int | None = None, # how often a row occurs in the batch; None: it is looked up
 ) -> None:
     "Move rows towards features and back to length one, as if one image after the other."
-    turn = rounds(row)
-    for t in range(int(turn.max()) + 1):
-        now = turn == t
-        r = row[now]
-        rows[r] = F.normalize(momentum * rows[r] + (1 - momentum) * feature[now])
+    place, turn = rounds(row)
+    if most is None: most = int(turn.max()) + 1
+    entry = torch.full((most, len(row)), -1, device=row.device)        # of each round: whose turn it is at each place; -1: nobody's
+    entry[turn, place] = torch.arange(len(row), device=row.device)
+    moved = torch.zeros_like(feature)
+    moved[place] = rows[row]
+    for now in entry:
+        new = F.normalize(momentum * moved + (1 - momentum) * feature[now.clamp(min=0)])
+        moved = torch.where((now >= 0)[:, None], new, moved)
+    rows[row] = moved[place]
 
 # %% ../nbs/32_spcl.ipynb #7ad6218d
 class Labels(nn.Module):
@@ -132,16 +137,16 @@ class Memory(Labels):
         "Group the real images anew, and their rows with them."
         super().relabel(label)
         classes = np.concatenate([np.arange(self.n_synthetic), self.n_synthetic + alone(label)])
-        self.classes, self.n_classes = torch.from_numpy(classes).to(self.rows.device), int(classes.max()) + 1
+        self.classes, self.size = (torch.from_numpy(a).to(self.rows.device) for a in (classes, np.bincount(classes)[:, None]))
 
     def forward(self, feature: Tensor, row: Tensor) -> Tensor:
         "The contrastive loss (B,) of features (B, D) that belong to rows (B,)."
-        scores = class_scores(feature, self.rows, self.classes, self.n_classes, self.temperature)
+        scores = class_scores(feature, self.rows, self.classes, self.size, self.temperature)
         return F.cross_entropy(scores, self.classes[row], reduction="none")
 
-    def update(self, feature: Tensor, row: Tensor) -> None:
-        "Remember the features of a batch."
-        remember(self.rows, feature.detach(), row, self.momentum)
+    def update(self, feature: Tensor, row: Tensor, most: int | None = None) -> None:
+        "Remember the features of a batch, in which a row occurs `most` times."
+        remember(self.rows, feature.detach(), row, self.momentum, most)
 
 # %% ../nbs/32_spcl.ipynb #f95ac175
 def full_batch(
@@ -244,13 +249,14 @@ class Mixture:
             self.sampler = PKSampler(synthetic.label, synthetic.camera, p=config.p, k=config.k)
 
     def batches(self, label: np.ndarray, pick: torch.Generator, alter: torch.Generator, done: int = 0):
-        "Endless (images, memory rows), synthetic ones first, after `done` batches; `label` (N,) are the real images' clusters."
+        "Endless (images, memory rows, how often a row occurs in all of the batch), synthetic ones first, after `done` batches; `label` (N,) are the real images' clusters."
         def load(index, numbers):
-            index, numbers = [share(i) for i in index], share(numbers, len(index))
-            image = augment(torch.cat([take(x, i, self.device) for x, i in zip(self.images, index)]), self.config.augment, numbers)
             rows = [self.n_synthetic + index[-1]]
             if self.synthetic is not None: rows = [self.synthetic.label[index[0]], *rows]
-            return image.contiguous(memory_format=layout(self.config.channels_last)), torch.cat(rows).to(self.device)
+            most = int(rounds(torch.cat(rows))[1].max()) + 1
+            index, rows, numbers = [share(i) for i in index], [share(r) for r in rows], share(numbers, len(index))
+            image = augment(torch.cat([take(x, i, self.device) for x, i in zip(self.images, index)]), self.config.augment, numbers)
+            return image.contiguous(memory_format=layout(self.config.channels_last)), torch.cat(rows).to(self.device, non_blocking=True), most
         return loaded(draws(self, label, pick, alter), load, done, streamed=any(x.device.type != self.device.type for x in self.images))
 
     def terms(self, each: Tensor) -> dict[str, Tensor]:
@@ -285,7 +291,7 @@ def contrast(net: nn.Module, memory: Memory, mix: Mixture, optimiser, lr: np.nda
     "One epoch: a feature, its contrast with the memory, a step down, and the memory remembers."
     net.train()
     look_as(net, "halves" if mix.synthetic is not None else 1)
-    for rate, (image, row) in zip(run.steps(lr), batches):
+    for rate, (image, row, most) in zip(run.steps(lr), batches):
         set_lr(optimiser, rate)
         with autocast(mix.device, mix.config.precision):
             feature = net.embed(image)
@@ -294,7 +300,7 @@ def contrast(net: nn.Module, memory: Memory, mix: Mixture, optimiser, lr: np.nda
         optimiser.zero_grad()
         with mean_gradients(optimiser): loss.backward()
         optimiser.step()
-        memory.update(*(gathered(x, len(mix.images)) for x in (feature.detach().float(), row)))
+        memory.update(*(gathered(x, len(mix.images)) for x in (feature.detach().float(), row)), most)
         run.add(len(image), loss=loss, **terms)
 
 

@@ -123,7 +123,7 @@ class Feed:
         def load(index, numbers):
             index = share(index, views)
             image = augment(take(self.images, index, self.device), self.augment, share(numbers, views))
-            index = index.to(self.device)
+            index = index.to(self.device, non_blocking=True)
             return image.contiguous(memory_format=self.layout), self.label[index], self.domain[index]
         return loaded(self.draws(epoch, player, views), load, done, streamed=self.images.device != self.label.device)
 
