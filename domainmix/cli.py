@@ -33,8 +33,13 @@ from .results import Results, run_report
 from .rerank import Rerank
 from .pages import notebook_report
 from .runs import Live, compare, compare_text, list_runs, runs_text, tensorboard
-from .pipeline import (DEMO, DEMO_SEEDS, METHODS, TABLE, RunConfig, configure, embed, evaluate_model, gains_text, label, labels_text,
-                                load_config, open_set, report_errors, result_text, run, run_folder, specs, suffixed, table, table_text, tune)
+from .settings import METHODS, TABLE, RunConfig, configure, load_config, run_folder, specs
+from .inputs import open_set
+from .scores import labels_text, result_text
+from .comparison import gains_text, table, table_text
+from .pipeline import label, report_errors, run
+from .tables import DEMO, DEMO_SEEDS
+from .models import embed, evaluate_model, suffixed, tune
 
 # %% ../nbs/80_cli.ipynb #d122d6d5
 @dataclass

@@ -25,8 +25,10 @@ from .data import LAYOUTS, leads_out, read_dataset
 from .batches import MEAN, STD, normalise
 from .backbone import IBN, ReIDNet, from_domain_bn, n_parameters
 from .evaluate import extract
-from .pipeline import (APART, HOUSE, RunConfig, as_used, configure, decode, find_net, home_of, one_of, open_net, run_of,
-                                specs, write_features)
+from .settings import APART, HOUSE, RunConfig, configure, one_of, specs
+from .inputs import decode
+from .stages import as_used
+from .models import find_net, home_of, open_net, run_of, write_features
 
 # %% ../nbs/65_export.ipynb #654611b3
 class SplitNorm(nn.Module):

@@ -9,7 +9,7 @@ __all__ = ['SETS', 'TASKS', 'BACKBONES', 'TABLE1', 'LABELLED_BY', 'FIGURES', 'pa
 import os
 from pathlib import Path
 from .core import DomainMixError
-from .pipeline import METHODS, PRESETS, RunConfig, one_of, specs
+from .settings import METHODS, PRESETS, RunConfig, one_of, specs
 
 # %% ../nbs/61_presets.ipynb #2edbe855
 SETS = {  # short name: what it is, its layout, its folder below data/

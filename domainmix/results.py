@@ -18,8 +18,12 @@ from .backbone import Seen
 from .batches import normalise
 from .core import DomainMixError, fingerprint, generator, load_dict, load_json, load_jsonl, load_state, locked, reading, save_json, with_overrides, write_atomic
 from .evaluate import extract, rank, ranked_list
-from .pipeline import (METHODS, N_PROBE, Inputs, Part, RunConfig, Stage, as_used, checked, clustered, configure, load_config, load_net, plan, probing,
-                                read_inputs, run, run_folder, specs, stage3)
+from .settings import METHODS, RunConfig, checked, configure, load_config, run_folder, specs
+from .inputs import Inputs, Part, read_inputs
+from .cache import Stage
+from .stages import N_PROBE, as_used, clustered, load_net, probing, stage3
+from .plan import plan
+from .pipeline import run
 from .pseudolabel import PseudoLabels, load_labels
 from .runs import find_run
 from .viz import cluster_gallery, cluster_sizes, embeddings, is_number, loss_curves, noisy_clusters, probe_curve, ranking_gallery, report

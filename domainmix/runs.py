@@ -21,7 +21,8 @@ import numpy as np
 # %% ../nbs/64_runs.ipynb #8ed56eb1
 from .core import DomainMixError, Log, holder, load_dict, load_json, load_jsonl, ranks, reading, to_dict
 from .loop import differences
-from .pipeline import APART, COLUMNS, METHODS, SCORES, load_config, one_of
+from .settings import APART, METHODS, load_config, one_of
+from .scores import COLUMNS, SCORES
 
 # %% ../nbs/64_runs.ipynb #ed5f1679
 @dataclass

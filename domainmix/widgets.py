@@ -20,7 +20,7 @@ from .evaluate import RankedList, rank, ranked_list
 from .knn import camera_centre, knn
 from .loop import differences
 from .neighbours import jaccard_graph
-from .pipeline import METHODS, load_config, plain_name
+from .settings import METHODS, load_config, plain_name
 from .pseudolabel import ClusterConfig, assign, cluster_graph, label_quality, refine
 from .results import Results, example
 from .runs import NAMES, SHOWN, compare, per_cent, settled
@@ -436,7 +436,7 @@ def with_loss(method: str, loss: str) -> str:
 class Retrieval(View):
     "A query's answers by several networks."
     def __init__(self, features: dict[str, tuple], # title -> features of the queries (Q, D) and of the gallery (G, D)
-                 query, gallery,                   # `pipeline.Part`: images, and records with pid and camera
+                 query, gallery,                   # `inputs.Part`: images, and records with pid and camera
                  top: int = 10):
         super().__init__()
         w, self.features, self.query, self.gallery, self.top = widgets(), features, query, gallery, top

@@ -27,9 +27,10 @@ import torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
-from domainmix import batches, core, data, export, loop, pipeline, pseudolabel, results, tables, viz, widgets
+from domainmix import batches, core, data, export, loop, models, pseudolabel, results, settings as run_settings, stages, tables, viz, widgets
 from domainmix.backbone import BackboneConfig, build_backbone
 from domainmix.batches import load_images
+from domainmix.cache import Stage, cached
 from domainmix.core import DomainMixError, fails, load_json, save_json, save_weights, to_dict
 from domainmix.data import read_dataset, read_folder, read_msmt17, write_market1501, write_msmt17
 
@@ -343,7 +344,7 @@ def paths_of(settings, prefix=""):
             yield from paths_of(v, f"{prefix}{k}.")
 
 
-SETTINGS = sorted(paths_of(to_dict(pipeline.RunConfig()))) + ["", ".", "net.", ".net", "net..width", "backbone.x", "seed.0", "methods", "seeds", "inputs", "version"]
+SETTINGS = sorted(paths_of(to_dict(run_settings.RunConfig()))) + ["", ".", "net.", ".net", "net..width", "backbone.x", "seed.0", "methods", "seeds", "inputs", "version"]
 
 
 def at(config, name):
@@ -355,15 +356,15 @@ def at(config, name):
 
 def opened(target, file):
     "What a config file says, looked at as a run does before it reads a picture."
-    config = tried(target, lambda: pipeline.load_config(file), file.parent, file.name)
+    config = tried(target, lambda: run_settings.load_config(file), file.parent, file.name)
     if config is REFUSED:
         return REFUSED
     config, more = config
     save_json(file.with_name("again.json"), {**to_dict(config), **more})
-    assert pipeline.load_config(file.with_name("again.json"))[0] == config
-    checked = tried(target, lambda: pipeline.checked(config), file.parent)
+    assert run_settings.load_config(file.with_name("again.json"))[0] == config
+    checked = tried(target, lambda: run_settings.checked(config), file.parent)
     if checked is not REFUSED:
-        assert pipeline.run_folder(checked).parent == Path(checked.data) / "runs" and checked.run not in ("", ".", "..")
+        assert run_settings.run_folder(checked).parent == Path(checked.data) / "runs" and checked.run not in ("", ".", "..")
     return config, more
 
 
@@ -395,7 +396,7 @@ def test_settings(changes, nested):
         file = Path(tmp) / "settings.json"
         file.write_bytes(raw(as_json(values)))
         found = opened("settings", file)
-        if found is not REFUSED and not nested and len(changes) == 1 and changes[0][0] not in (*pipeline.HOUSE, "backbone"):
+        if found is not REFUSED and not nested and len(changes) == 1 and changes[0][0] not in (*run_settings.HOUSE, "backbone"):
             name, value = changes[0]
             if not isinstance(value, (dict, list)):
                 assert at(found[0], name) in (value, float(value) if isinstance(value, int) else value)
@@ -409,7 +410,7 @@ def test_settings(changes, nested):
 @example([("all", 0, b'{"seed": 1, "seed": 2}')])
 def test_config_damaged(how):
     with tempfile.TemporaryDirectory() as tmp:
-        file = save_json(Path(tmp) / "settings.json", {**to_dict(pipeline.configure(pipeline.TINY, real="world", target="world")), "seeds": [0, 1], "methods": ["only-a"]})
+        file = save_json(Path(tmp) / "settings.json", {**to_dict(run_settings.configure(run_settings.TINY, real="world", target="world")), "seeds": [0, 1], "methods": ["only-a"]})
         file.write_bytes(damaged(file.read_bytes(), how))
         opened("config, damaged", file)
 
@@ -417,7 +418,7 @@ def test_config_damaged(how):
 def test_config_of_another_editor(tmp_path):
     "A byte order mark is no fault; of a setting given twice, the last counts, as in every JSON reader of Python."
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + b'{"seed": 1, "seed": 2}')
-    assert pipeline.load_config(tmp_path / "a.json")[0].seed == 2
+    assert run_settings.load_config(tmp_path / "a.json")[0].seed == 2
 
 
 @fuzz(40)
@@ -625,7 +626,7 @@ def test_nothing_is_unpickled(tmp_path, form):
     marker, folder = tmp_path / "ran", tmp_path / "files"
     folder.mkdir()
     readers = {"last.ckpt": [core.load_state, lambda f: loop.load_checkpoint(f, KEY, parts())], "weights.pth": [lambda f: build_backbone(BackboneConfig(weights=str(f)))],
-               "model.safetensors": [pipeline.load_net], "features.npy": [results.read_features], "labels.npz": [pseudolabel.load_labels], "stage.json": [core.load_json]}
+               "model.safetensors": [stages.load_net], "features.npy": [results.read_features], "labels.npz": [pseudolabel.load_labels], "stage.json": [core.load_json]}
     for bomb in bombs(marker):
         for name, calls in readers.items():
             for content in (packed(bomb, form), npy(np.array([bomb], object))):
@@ -683,22 +684,22 @@ class Right:
 
 def written_run(home):
     "A finished run of the smallest kind, as the pipeline would have left it, but for the training."
-    config = pipeline.configure(pipeline.TINY, real="world", target="world", run=home.name, data=str(home.parents[1]))
+    config = run_settings.configure(run_settings.TINY, real="world", target="world", run=home.name, data=str(home.parents[1]))
     inputs = {"real": {"fingerprint": "0" * 12, "images": 4, "identities": 2, "cameras": 2, "unreadable": 0}}
     save_json(home / "config.json", {**to_dict(config), "version": "0", "inputs": inputs})
     table = pseudolabel.PseudoLabels(np.array(["a.jpg", "b.jpg", "c.jpg", "d.jpg"]), np.array([0, 1, 0, 1]), np.array([0, 0, 1, -1]), np.array([0, 0, 1, -1]), np.array([True] * 4))
     last = ()
     for name in ("stage0", "stage1", "stage2", "stage3"):
         def make(folder):
-            pipeline.keep_net(build_backbone(config.net, 1), config, folder)
+            stages.keep_net(build_backbone(config.net, 1), config, folder)
             save_json(folder / "ranking/scores.json", {"mAP": .5, "rank1": .75, "rank5": None})
             save_json(folder / "probe/scores.json", {"domain_probe": .9})
             if name == "stage1":
                 pseudolabel.save_labels(folder / "labels.npz", table)
                 pseudolabel.save_labels(folder / "refined/labels.npz", table)
                 np.save(folder / "features.npy", torch.nn.functional.normalize(torch.rand(4, 6)).numpy())
-        stage = pipeline.Stage(name, home / name, {"seed": 0, "a": "a", **({"b": "b"} if name != "stage0" else {})}, make, last)
-        assert pipeline.cached(stage)
+        stage = Stage(name, home / name, {"seed": 0, "a": "a", **({"b": "b"} if name != "stage0" else {})}, make, last)
+        assert cached(stage)
         last = (stage,)
         for epoch in (1, 2):
             core.append_jsonl(home / "log.jsonl", run=name, seed=0, stage=name, epoch=epoch, id=2. / epoch, triplet=.5, iterations=3, purity=.5, nmi=.5, pair_f1=.5, outliers=.1)
@@ -714,7 +715,7 @@ def run(tmp_path_factory):
 
 def looked_at(r):
     "All that is read of a run without its pictures."
-    labels, net, height, width = r.labels(), *pipeline.open_net(r.home)
+    labels, net, height, width = r.labels(), *models.open_net(r.home)
     return Right(stages={k: (s.done, s.key) for k, s in r.stages.items()}, path=labels.path.tolist(), label=labels.label.tolist(), clustered=r.clustered(),
                 log=r.log(), measured=r.measured(), net={k: v.clone() for k, v in net.state_dict().items()}, size=(height, width))
 
@@ -728,14 +729,14 @@ def one_by_one(home, right):
     if r is REFUSED:
         return
     for name, look in (("stages", lambda: {k: (s.done, s.key) for k, s in r.stages.items()}), ("log", r.log), ("measured", r.measured), ("about", r.about),
-                       ("card", lambda: export.card(home / "stage3/model.safetensors", pipeline.open_net(home / "stage3")[0], 32, 16, r.config, r.config)), ("html", lambda: widgets.compared_html(r, r))):
+                       ("card", lambda: export.card(home / "stage3/model.safetensors", models.open_net(home / "stage3")[0], 32, 16, r.config, r.config)), ("html", lambda: widgets.compared_html(r, r))):
         tried("runs", look, home)
     labels = tried("runs", r.labels, home, "labels.npz", "stage1", "stage.json")
     assert labels is REFUSED or (labels.path.tolist(), labels.label.tolist()) == (right.path, right.label)
     clustered = tried("runs", r.clustered, home, "features.npy", "stage1", "stage.json")
     assert clustered is REFUSED or (clustered.shape == right.clustered.shape and np.isfinite(clustered).all())
     tried("runs", lambda: viz.loss_curves(r.log()) and None, home, "log")
-    found = tried("runs", lambda: pipeline.open_net(home), home, home.name)
+    found = tried("runs", lambda: models.open_net(home), home, home.name)
     if found is not REFUSED:
         assert found[1:] == right.size and all(torch.equal(v, right.net[k]) for k, v in found[0].state_dict().items())
 
@@ -788,7 +789,7 @@ def weights(tmp_path_factory):
 
 def network_right(file, right, height=32):
     "The network is loaded as it was saved, or refused by name."
-    found = tried("weights", lambda: pipeline.load_net(file), file.parent, "model.safetensors")
+    found = tried("weights", lambda: stages.load_net(file), file.parent, "model.safetensors")
     assert found is REFUSED or (found[1:] == (height, 16) and all(torch.equal(v, right.net[k]) for k, v in found[0].state_dict().items()))
 
 

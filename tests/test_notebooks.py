@@ -149,7 +149,8 @@ SAID = {  # what the pages must say where something is missing; `begun`: stage 1
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     "Folders of runs: finished, with stages 0 and 1 only, with the second of these half done, and empty."
-    from domainmix.pipeline import TINY, configure, run
+    from domainmix.settings import TINY, configure
+    from domainmix.pipeline import run
     data = tmp_path_factory.mktemp("companions")
     run(configure(TINY, real="world", target="world", run="done", data=str(data)))
     home = data / "runs"

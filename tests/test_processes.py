@@ -11,7 +11,7 @@ import torch
 
 from domainmix.core import load_json, load_jsonl, load_weights, save_json
 from domainmix.loop import load_checkpoint
-from domainmix.pipeline import TINY, TRAININGS
+from domainmix.settings import TINY, TRAININGS
 
 pytest.importorskip("accelerate")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}

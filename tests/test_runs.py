@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from domainmix.core import load_json, load_jsonl, save_json
-from domainmix.pipeline import METHODS
+from domainmix.settings import METHODS
 from test_cli import FIRST, LONG, after, domainmix, finished, flags, forks, lines, sets, wrong  # noqa: F401 (fixtures)
 
 

@@ -17,7 +17,7 @@ from sync import ROOT, notebooks
 OUT = ROOT / "_docs"
 PARTS = {  # first number of a notebook's name -> heading of its part of the index
     0: "Foundations", 10: "Data: the world, the readers, the batches", 19: "Networks and losses, Sec. 3.2 and Fig. 5", 29: "Pseudo labels: stage 1, Sec. 3.2.1",
-    40: "Training: stages 2 and 3, Sec. 3.2.2 and 3.2.3", 50: "Evaluation, Sec. 4.1", 60: "Runs, tables, figures, command line", 90: "To work in: the method, its noise, its gap",
+    40: "Training: stages 2 and 3, Sec. 3.2.2 and 3.2.3", 50: "Evaluation, Sec. 4.1", 51: "Runs, tables, figures, command line", 90: "To work in: the method, its noise, its gap",
 }
 STYLE = """
 body{margin:0;font:16px/1.6 system-ui,sans-serif;color:#24292f;background:#fff} main{max-width:60rem;margin:auto;padding:1rem 1.5rem 4rem}

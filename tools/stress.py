@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from domainmix.core import load_json, load_jsonl, save_json
-from domainmix.pipeline import TINY, TRAININGS
+from domainmix.settings import TINY, TRAININGS
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
