@@ -901,7 +901,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
             'domainmix.tables': { 'domainmix.tables.TableSpec': ('tables.html#tablespec', 'domainmix/tables.py'),
                                   'domainmix.tables._failed': ('tables.html#_failed', 'domainmix/tables.py'),
                                   'domainmix.tables._paper': ('tables.html#_paper', 'domainmix/tables.py'),
-                                  'domainmix.tables.demo': ('tables.html#demo', 'domainmix/tables.py'),
                                   'domainmix.tables.groups': ('tables.html#groups', 'domainmix/tables.py'),
                                   'domainmix.tables.load_table': ('tables.html#load_table', 'domainmix/tables.py'),
                                   'domainmix.tables.run_table': ('tables.html#run_table', 'domainmix/tables.py'),

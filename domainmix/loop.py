@@ -370,7 +370,7 @@ class Run(Epochs, AbstractContextManager):
 
     def add(self, images: int, **terms: Tensor) -> None:
         "Report one iteration: how many images it took, and its loss terms."
-        if self.meter.add(images, **terms) and self.meter.iterations % 10 == 1:
+        if self.meter.add(images, **terms) and (self.every > 1 or self.meter.iterations % 10 == 1):
             self.bar.set_postfix_str(f"epoch {len(self.history) + 1}/{self.epochs} {self.meter.speed():.0f} images/s {self.meter}", refresh=False)
         self.bar.update()
 

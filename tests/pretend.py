@@ -1,0 +1,187 @@
+"""A GPU for machines that have none: tensors that say they lie on cuda:0, are computed on the CPU, and are refused what a GPU refuses.
+
+It knows on which side every tensor's storage lies, from the calls of torch's Python interface that made it. Two sides in one call,
+NumPy on a tensor of the GPU, or a random stream of the other side are errors, as they are on a GPU; and every place in the
+package at which the host would wait for a GPU is counted. Speed, memory, kernels and several GPUs are not pretended.
+"""
+import collections
+import contextlib
+import sys
+import threading
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import domainmix
+from domainmix.loop import Epochs
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+PACKAGE = str(Path(domainmix.__file__).parent)
+
+ABOUT = {Tensor.device.__get__: lambda t: GPU if on_gpu(t) else CPU, Tensor.is_cuda.__get__: lambda t: on_gpu(t), Tensor.is_cpu.__get__: lambda t: not on_gpu(t)}
+MOVES = {Tensor.cuda: GPU, Tensor.cpu: CPU}
+CROSSES = {Tensor.copy_, Tensor.data.__set__, Tensor.__setitem__, Tensor.grad.__set__, torch._has_compatible_shallow_copy_type}
+INDEXES = {Tensor.__getitem__, Tensor.index_put_, Tensor.index_put, torch.index_put}
+MAKES = {torch.tensor, torch.as_tensor, torch.asarray}
+BACKWARD = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
+WAITS = {Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__, Tensor.item, Tensor.tolist, Tensor.__format__, Tensor.__contains__,
+         Tensor.nonzero, torch.nonzero, Tensor.unique, torch.unique, Tensor.masked_select, torch.masked_select, Tensor.bincount, torch.bincount,
+         Tensor.equal, torch.equal, Tensor.allclose, torch.allclose}
+
+
+def on_gpu(t: Tensor) -> bool: return getattr(t.untyped_storage(), "on_gpu", False)
+
+
+def put(t):
+    "Whatever tensors are in it lie on the GPU from now on."
+    if isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu": t.untyped_storage().on_gpu = True
+    return t
+
+
+def is_gpu(device) -> bool: return device is not None and torch.device(device).type == "cuda"
+
+
+def place() -> str:
+    "The function of the package that is at work."
+    frame = sys._getframe(1)
+    while frame and not frame.f_code.co_filename.startswith(PACKAGE): frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}: {frame.f_code.co_name}" if frame else "elsewhere"
+
+
+class Pretend(TorchFunctionMode):
+    "Every call of torch, held against what a GPU would say."
+    def __init__(self):
+        super().__init__()
+        self.waits, self.steps, self.local = collections.Counter(), 0, threading.local()      # waits inside of training steps; those steps
+
+    def wait(self) -> None:
+        if getattr(self.local, "stepping", False): self.waits[place()] += 1
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if f in ABOUT: return ABOUT[f](args[0])
+        if f in MOVES: return self.move(args[0], MOVES[f], Tensor.clone)
+        if f is Tensor.to: return self.to(*args, **kwargs)
+        if f is Tensor.pin_memory: return self.pinned(args[0])
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu"]
+        sides = [on_gpu(t) for t in tensors]
+        name, asked, device = getattr(f, "__qualname__", str(f)), kwargs.get("device"), kwargs.pop("device", None)
+        if any(sides) and device is None: self.refuse(f, name, args, kwargs, tensors, sides)
+        self.look_at(f, args, kwargs, tensors, sides, device)
+        self.same_side(name, kwargs.get("generator"), is_gpu(device) if device is not None else any(sides))
+        if device is not None: kwargs["device"] = CPU if is_gpu(device) else device
+        if f in BACKWARD: return self.backward(f, args, kwargs, any(sides))
+        out = f(*args, **kwargs)
+        if device is None: onto = on_gpu(args[0]) if f in CROSSES and sides else any(sides)
+        else: onto = is_gpu(asked)
+        if f in MAKES and tensors and onto != any(sides) and isinstance(out, Tensor): out = out.clone()
+        return tree_map(put, out) if onto and f is not Tensor.data.__set__ else out
+
+    def refuse(self, f, name, args, kwargs, tensors, sides) -> None:
+        "What a GPU cannot do with these tensors."
+        if f in (Tensor.numpy, Tensor.__array__) and not kwargs.get("force"): raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+        if f in CROSSES or getattr(self.local, "backward", False): return
+        own = f in INDEXES and on_gpu(args[0])                        # numbers of rows may come from the host
+        if not own and any(not side and t.dim() for t, side in zip(tensors, sides)):
+            raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found cuda:0 and cpu: " +
+                               ", ".join(f"{tuple(t.shape)} on {GPU if side else CPU}" for t, side in zip(tensors, sides)))
+
+    def look_at(self, f, args, kwargs, tensors, sides, device) -> None:
+        "Does the host wait here?"
+        if any(sides):
+            masks = f in INDEXES and any(t.dtype is torch.bool for t in tensors[1:])
+            if f in WAITS or masks or f in INDEXES and not all(sides): self.wait()
+            if f is Tensor.copy_ and not all(sides) and not (kwargs.get("non_blocking") or len(args) > 2): self.wait()
+        elif f in MAKES and is_gpu(device): self.wait()
+
+    def same_side(self, name, stream, onto) -> None:
+        if stream is not None and is_gpu(stream.device) != onto: raise RuntimeError(f"{name}: expected a generator on {GPU if onto else CPU}, got one on {stream.device}")
+
+    def backward(self, f, args, kwargs, onto):
+        "What autograd does inside cannot be seen, and is believed."
+        self.local.backward = True
+        try: out = f(*args, **kwargs)
+        finally: self.local.backward = False
+        return tree_map(put, out) if onto else out
+
+    def pinned(self, t: Tensor) -> Tensor:
+        if on_gpu(t): raise RuntimeError("cannot pin a tensor of cuda:0")
+        return t
+
+    def to(self, t: Tensor, *rest, **kwargs) -> Tensor:
+        "`Tensor.to` in all its forms."
+        named = [a for a in (*rest, kwargs.get("device")) if isinstance(a, (str, torch.device))]
+        like = [a for a in rest if isinstance(a, Tensor)]
+        device = torch.device(named[0]) if named else GPU if on_gpu(like[0] if like else t) else CPU
+        if device.type not in ("cuda", "cpu"): return t.to(*rest, **kwargs)
+        rest, kwargs = [CPU if a in named else a for a in rest], kwargs | (dict(device=CPU) if "device" in kwargs else {})
+        return self.move(t, device, Tensor.to, *rest, **kwargs)
+
+    def move(self, t: Tensor, device: torch.device, change, *rest, **kwargs) -> Tensor:
+        "`change` of `t`, on the device; what comes from the GPU is always waited for."
+        moves, onto = on_gpu(t) != is_gpu(device), is_gpu(device)
+        if moves and not (onto and (kwargs.get("non_blocking") or True in [a for a in rest if isinstance(a, bool)])): self.wait()
+        out = change(t, *rest, **kwargs) if rest or kwargs or change is not Tensor.clone else t
+        if moves and out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr(): out = out.clone()
+        return put(out) if onto else out
+
+
+class Stream(torch.Generator):
+    "A random stream that says where it is."
+    def __new__(cls, device="cpu"): return super().__new__(cls, "cpu")
+    def __init__(self, device="cpu"): self.where = torch.device(device)
+
+    @property
+    def device(self): return self.where
+
+    def manual_seed(self, number):
+        super().manual_seed(number)
+        return self
+
+
+class Event:
+    "A mark in time, as `torch.cuda.Event`."
+    def __init__(self, **_): pass
+    def record(self) -> None: self.at = time.perf_counter()
+    def elapsed_time(self, other) -> float: return (other.at - self.at) * 1e3
+
+
+def pretended(free: int, capability: tuple[int, int]) -> dict:
+    "What `torch.cuda` says of the GPU, with so many bytes free."
+    nothing = lambda *_, **__: None
+    return dict(_lazy_init=nothing, is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, get_device_name=lambda *_: "none, but for tests",
+                get_device_capability=lambda *_: capability, mem_get_info=lambda *_: (free, free), memory_allocated=lambda *_: 0, max_memory_allocated=lambda *_: 0,
+                reset_peak_memory_stats=nothing, synchronize=nothing, empty_cache=nothing, Event=Event)
+
+
+@contextlib.contextmanager
+def gpu(free: int = 2**36,                       # bytes of its memory; images that want more than half of them stay on the host
+        capability: tuple[int, int] = (7, 5)     # from (8, 0) on it multiplies bf16, which many CPUs are very slow at
+       ):
+    "Inside, there is a GPU; gives the `Pretend` that watches it."
+    mode, run, steps, autocast = Pretend(), threading.Thread.run, Epochs.steps, torch.autocast
+
+    def watched(thread):
+        with mode: run(thread)
+
+    def counted(epochs, all_steps):
+        for step in steps(epochs, all_steps):
+            mode.steps, mode.local.stepping = mode.steps + 1, True
+            yield step
+            mode.local.stepping = False
+
+    class Autocast(autocast):
+        def __init__(self, device_type, *args, **kwargs): super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    with contextlib.ExitStack() as inside:
+        for where, changes in ((torch.cuda, pretended(free, capability)), (torch, dict(Generator=Stream, autocast=Autocast)),
+                               (threading.Thread, dict(run=watched)), (Epochs, dict(steps=counted))):
+            for name, value in changes.items(): inside.enter_context(patch.object(where, name, value))
+        for check in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):     # would ask the driver
+            if hasattr(torch.optim.Optimizer, check): inside.enter_context(patch.object(torch.optim.Optimizer, check, lambda _: None))
+        with mode: yield mode

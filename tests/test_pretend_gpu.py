@@ -1,0 +1,106 @@
+"""What a GPU would refuse, and where it would be waited for, on a GPU that is only pretended (`pretend.py`)."""
+import contextlib
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from domainmix.bench import bench_features, bench_growth, bench_input, bench_ranking, bench_stage1, bench_step
+from domainmix.core import load_jsonl
+from domainmix.evaluate import rank
+from domainmix.knn import knn
+from domainmix.models import evaluate_model
+from domainmix.neighbours import jaccard_graph
+from domainmix.pipeline import run
+from domainmix.rerank import Rerank
+from domainmix.settings import TINY, TRAININGS, configure
+from domainmix.spcl import remember
+from pretend import gpu
+
+
+def test_it_refuses_what_a_gpu_refuses():
+    with gpu() as pretend:
+        a, i = torch.arange(6., device="cuda").view(2, 3), torch.tensor([1])
+        assert str(a.device) == str(a[i].device) == str((a * 2).T[0].device) == "cuda:0" and str(a.cpu().device) == str(i.device) == "cpu"
+        for wrong in (lambda: a + torch.ones(2, 3), lambda: a.index_select(0, i), lambda: torch.ones(3)[i.to(a.device)], lambda: torch.cat([a, a.cpu()]),
+                      lambda: torch.rand(2, device="cuda", generator=torch.Generator()), lambda: torch.nn.Linear(3, 2)(a), lambda: torch.nn.Linear(3, 2).to("cuda")(a.cpu())):
+            with pytest.raises(RuntimeError): wrong()
+        for wrong in (lambda: a.numpy(), lambda: np.asarray(a)):
+            with pytest.raises(TypeError): wrong()
+        net = torch.nn.Linear(3, 2).to("cuda")
+        net(a).square().sum().backward()
+        torch.optim.Adam(net.parameters(), fused=True).step()
+        assert str(net.weight.grad.device) == "cuda:0" and torch.rand(2, device="cuda", generator=torch.Generator("cuda")).is_cuda
+        assert not pretend.waits
+    assert not torch.ones(1).is_cuda and not torch.cuda.is_available()
+
+
+def test_it_counts_where_it_is_waited_for():
+    from domainmix.loop import Run
+    with gpu() as pretend, Run("toy", 1, 3, {}, {}, device=torch.device("cuda")) as epochs:
+        rows, row = torch.eye(4, device="cuda"), torch.tensor([0, 0, 1], device="cuda")
+        for _ in epochs:
+            for step in epochs.steps(range(3)):
+                remember(rows, rows[:3], row, .2, **({} if step == 1 else {"most": 2}))     # is it told how often a row occurs?
+                epochs.add(1, loss=rows.sum())
+            epochs.end_epoch()
+    assert pretend.waits == {"spcl.py: remember": 1} and pretend.steps == 3
+
+
+CASES = {
+    "spcl, kl": {"method": "domainmix-kl"},
+    "parts and both views": {"net": {"parts": True, "view": "both"}, "method": "only-a"},
+    "mmt, control": {"labeller": "mmt", "method": "control"},
+    "plain, images stay on the host": {"labeller": "plain"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stages_run_on_it_and_their_steps_wait_only_to_look_at_losses(case, tmp_path):
+    longer = {s: {"epochs": 1 + (s == "stage3"), "iterations": 21} for s in TRAININGS}
+    config = configure(TINY, longer, CASES[case], dict(real="world", target="world", run="tiny", data=str(tmp_path), device="cuda"))
+    with gpu(free=1000 if "host" in case else 2**36) as pretend: result = run(config)
+    epochs = [line["epoch"] for line in load_jsonl(tmp_path/"runs/tiny/log.jsonl")]
+    assert len(epochs) >= 2 and pretend.steps == 21*len(epochs)
+    assert pretend.waits == {"loop.py: look": len(epochs)}     # at the twentieth step; at the last when the epoch is over
+    assert 0 < result["mAP"] < 1
+
+
+@pytest.mark.parametrize("precision, off", [("fp32", 1e-2), ("bf16", 5e-2)])
+def test_the_first_losses_are_those_of_the_cpu(precision, off, tmp_path):
+    logs = {}
+    for device in ("cpu", "cuda"):
+        brief = {s: {"epochs": 1 + (s == "stage3"), "iterations": 2, "precision": precision} for s in TRAININGS}
+        config = configure(TINY, brief, dict(real="world", target="world", run="tiny", data=str(tmp_path/device), device=device))
+        with gpu(capability=(8, 0)) if device == "cuda" else contextlib.nullcontext(): run(config)
+        logs[device] = load_jsonl(tmp_path/device/"runs/tiny/log.jsonl")
+    assert [line["stage"] for line in logs["cuda"]] == ["stage0", "stage1", "stage2", "stage3", "stage3"]
+    for a, b in zip(*logs.values()):
+        for name in a.keys() & {"loss", "id", "triplet", "synthetic", "real", "d", "dm"}:
+            assert math.isclose(a[name], b[name], rel_tol=off), (a, b)
+
+
+def test_neighbours_and_ranks_are_those_of_the_cpu():
+    x, pid, camera = bench_features(500, 64)
+    exact, _ = knn(x, 20, "fp32")
+    with gpu():
+        on = x.to("cuda")
+        for method in ("auto", "fp32", "bf16"): assert (knn(on, 20, method)[0] == exact).all(), method
+        assert abs(jaccard_graph(on, 20, 5, .6) - jaccard_graph(x, 20, 5, .6)).max() < 1e-5
+        people = pid[:90], pid[90:], camera[:90], camera[90:]
+        assert abs(rank(on[:90], on[90:], *people).mAP - rank(x[:90], x[90:], *people).mAP) < 1e-9
+
+
+def test_a_model_is_evaluated_and_benchmarks_run_on_it(tmp_path):
+    run(configure(TINY, dict(target="world", run="tiny", method="only-a", data=str(tmp_path))))
+    how = dict(data=str(tmp_path), centre_cameras=True, rerank=Rerank(k1=5, k2=2), flip=True)
+    quiet = dict(device="cuda", tell=lambda _: None)
+    expected = evaluate_model("tiny", "world", device="cpu", **how)
+    with gpu():
+        found = evaluate_model("tiny", "world", device="cuda", **how)
+        assert bench_stage1(400, 64, methods=("fp32", "bf16"), **quiet)["agrees"]["bf16"]["labels"] == 1
+        assert bench_ranking(40, 300, 64, few=20, **quiet)["agrees"] and bench_growth((300,), 64, **quiet)[0]["clusters"] > 1
+        assert bench_input(images=32, batch=16, height=32, width=16, rounds=1, **quiet)
+        row = bench_step(batch=8, backbone="resnet50", height=64, width=32, classes=8, ways=("usual", "channels_last"), rounds=1, **quiet)
+    assert row["ways"].keys() == {"usual", "channels_last"} and abs(found["mAP"] - expected["mAP"]) < 1e-3
