@@ -631,6 +631,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                  'domainmix.osnet.Gate': ('osnet.html#gate', 'domainmix/osnet.py'),
                                  'domainmix.osnet.Gate.__init__': ('osnet.html#gate.__init__', 'domainmix/osnet.py'),
                                  'domainmix.osnet.Gate.forward': ('osnet.html#gate.forward', 'domainmix/osnet.py'),
+                                 'domainmix.osnet.InstanceNorm': ('osnet.html#instancenorm', 'domainmix/osnet.py'),
+                                 'domainmix.osnet.InstanceNorm.forward': ('osnet.html#instancenorm.forward', 'domainmix/osnet.py'),
                                  'domainmix.osnet.LightConv': ('osnet.html#lightconv', 'domainmix/osnet.py'),
                                  'domainmix.osnet.LightConv.__init__': ('osnet.html#lightconv.__init__', 'domainmix/osnet.py'),
                                  'domainmix.osnet.LightConv.forward': ('osnet.html#lightconv.forward', 'domainmix/osnet.py'),

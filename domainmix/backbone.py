@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .core import DomainMixError, generator, load_state, load_weights, ranks
 from .data import shown
-from .osnet import osnet_body
+from .osnet import InstanceNorm, osnet_body
 from .parallel import AcrossBatchNorm, update_running
 from .parsing import Parser, cut_out, parser
 from .world import PARTS
@@ -165,7 +165,7 @@ class IBN(nn.Module):
         channels: int,   # of the map; the first half is normalised image by image
     ):
         super().__init__()
-        self.IN = nn.InstanceNorm2d(channels // 2, affine=True)
+        self.IN = InstanceNorm(channels // 2, affine=True)
         self.BN = nn.BatchNorm2d(channels - channels // 2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from domainmix.loop import Epochs
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 PACKAGE = str(Path(domainmix.__file__).parent)
 
-ABOUT = {Tensor.device.__get__: lambda t: GPU if on_gpu(t) else CPU, Tensor.is_cuda.__get__: lambda t: on_gpu(t), Tensor.is_cpu.__get__: lambda t: not on_gpu(t)}
-MOVES = {Tensor.cuda: GPU, Tensor.cpu: CPU}
+ABOUT = {Tensor.device.__get__: lambda t: GPU if on_gpu(t) else t.device, Tensor.is_cuda.__get__: lambda t: on_gpu(t), Tensor.is_cpu.__get__: lambda t: not on_gpu(t)}
+MOVES = {Tensor.cuda: True, Tensor.cpu: False}
 CROSSES = {Tensor.copy_, Tensor.data.__set__, Tensor.__setitem__, Tensor.grad.__set__, torch._has_compatible_shallow_copy_type}
 INDEXES = {Tensor.__getitem__, Tensor.index_put_, Tensor.index_put, torch.index_put}
 MAKES = {torch.tensor, torch.as_tensor, torch.asarray}
@@ -119,12 +119,12 @@ class Pretend(TorchFunctionMode):
         like = [a for a in rest if isinstance(a, Tensor)]
         device = torch.device(named[0]) if named else GPU if on_gpu(like[0] if like else t) else CPU
         if device.type not in ("cuda", "cpu"): return t.to(*rest, **kwargs)
-        rest, kwargs = [CPU if a in named else a for a in rest], kwargs | (dict(device=CPU) if "device" in kwargs else {})
-        return self.move(t, device, Tensor.to, *rest, **kwargs)
+        rest, kwargs = [CPU if a in named else a for a in rest], {k: CPU if k == "device" else v for k, v in kwargs.items()}
+        return self.move(t, is_gpu(device), Tensor.to, *rest, **kwargs)
 
-    def move(self, t: Tensor, device: torch.device, change, *rest, **kwargs) -> Tensor:
-        "`change` of `t`, on the device; what comes from the GPU is always waited for."
-        moves, onto = on_gpu(t) != is_gpu(device), is_gpu(device)
+    def move(self, t: Tensor, onto: bool, change, *rest, **kwargs) -> Tensor:
+        "`change` of `t`, onto the GPU or not; what comes from there is always waited for."
+        moves = on_gpu(t) != onto
         if moves and not (onto and (kwargs.get("non_blocking") or True in [a for a in rest if isinstance(a, bool)])): self.wait()
         out = change(t, *rest, **kwargs) if rest or kwargs or change is not Tensor.clone else t
         if moves and out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr(): out = out.clone()

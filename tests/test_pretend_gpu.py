@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from domainmix.bench import bench_features, bench_growth, bench_input, bench_ranking, bench_stage1, bench_step
 from domainmix.core import load_jsonl
@@ -60,7 +61,10 @@ CASES = {
 def test_stages_run_on_it_and_their_steps_wait_only_to_look_at_losses(case, tmp_path):
     longer = {s: {"epochs": 1 + (s == "stage3"), "iterations": 21} for s in TRAININGS}
     config = configure(TINY, longer, CASES[case], dict(real="world", target="world", run="tiny", data=str(tmp_path), device="cuda"))
-    with gpu(free=1000 if "host" in case else 2**36) as pretend: result = run(config)
+    maps = []
+    look = lambda m, x: maps.append(m.weight.is_contiguous(memory_format=torch.channels_last) and x[0].is_contiguous(memory_format=torch.channels_last)) if isinstance(m, torch.nn.Conv2d) else None
+    with gpu(free=1000 if "host" in case else 2**36) as pretend, register_module_forward_pre_hook(look): result = run(config)
+    assert len(maps) > 1000 and all(maps)     # no convolution has to turn its map
     epochs = [line["epoch"] for line in load_jsonl(tmp_path/"runs/tiny/log.jsonl")]
     assert len(epochs) >= 2 and pretend.steps == 21*len(epochs)
     assert pretend.waits == {"loop.py: look": len(epochs)}     # at the twentieth step; at the last when the epoch is over
