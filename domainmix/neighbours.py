@@ -311,8 +311,9 @@ class Meetings:
         slight = min(0.2, least/3)         # two rows that both lose it and share nothing else stay below `least`
         self.partial = self.loop is not None and slight > 0.05
         if self.partial:
-            bounds, columns, values, self.lost = compiled(weighty)(*self.whole, np.float32(slight))
-            V = sparse.csr_array((values, columns, bounds.astype(V.indptr.dtype)), shape=V.shape)
+            bounds, columns, values, lost = compiled(weighty)(*self.whole, np.float32(slight))
+            self.partial = 2*lost.max(initial=0) < least     # not where a row's sum is in the thousands: rounding alone may hide a pair
+            if self.partial: self.lost, V = lost, sparse.csr_array((values, columns, bounds.astype(V.indptr.dtype)), shape=V.shape)
         self.arrays = [unsigned(a) if self.loop else a for a in rows_and_columns(V)]
         self.tile = tile or (4096 if self.loop else max(1, 2**18 // self.n))
 
