@@ -217,7 +217,8 @@ def save_checkpoint(
 ) -> None:
     "Save what `load_checkpoint` needs, and log.jsonl; a network that is not finite any more never replaces a good one."
     for name, part in parts.items():
-        if isinstance(part, nn.Module) and not torch.stack([p.isfinite().all() for p in part.state_dict().values()]).all():    # one look at a GPU
+        finite = [p.isfinite().all() for p in part.state_dict().values()] if isinstance(part, nn.Module) else []
+        if finite and not torch.stack(finite).all():    # one look at a GPU
             raise DomainMixError(f"epoch {len(history)}: the weights of {name} are not finite; {path} is left as it was",
                                  "lower the learning rate, or use precision 'fp32'")
     if ranks()[0]: return
