@@ -11,7 +11,7 @@ import html, importlib.util, itertools, os, re
 from collections.abc import Callable
 from pathlib import Path
 
-from .core import DomainMixError, load_json
+from .core import DomainMixError
 from .results import Results, stage_rows
 from .viz import report
 
