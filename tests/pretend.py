@@ -31,7 +31,8 @@ MAKES = {torch.tensor, torch.as_tensor, torch.asarray}
 BACKWARD = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 WAITS = {Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__, Tensor.item, Tensor.tolist, Tensor.__format__, Tensor.__contains__,
          Tensor.nonzero, torch.nonzero, Tensor.unique, torch.unique, Tensor.masked_select, torch.masked_select, Tensor.bincount, torch.bincount,
-         Tensor.equal, torch.equal, Tensor.allclose, torch.allclose}
+         Tensor.equal, torch.equal, Tensor.allclose, torch.allclose, Tensor.argwhere, torch.argwhere, Tensor.unique_consecutive, torch.unique_consecutive}
+REPEATS = {Tensor.repeat_interleave, torch.repeat_interleave}
 
 
 def on_gpu(t: Tensor) -> bool: return getattr(t.untyped_storage(), "on_gpu", False)
@@ -44,6 +45,19 @@ def put(t):
 
 
 def is_gpu(device) -> bool: return device is not None and torch.device(device).type == "cuda"
+
+
+def asks(f, args, kwargs) -> bool:
+    "Does the size of what `f` gives, or a place in a tensor of the GPU, have to come from there, or an index or a value from the host?"
+    if f in WAITS or f is torch.where and len(args) == 1: return True
+    if f in REPEATS: return (len(args) == 1 or isinstance(args[1], Tensor)) and kwargs.get("output_size") is None
+    if f not in INDEXES | {Tensor.__setitem__} or not on_gpu(args[0]): return False
+    index, value = args[1], args[2] if len(args) > 2 else None
+    if f in (Tensor.__getitem__, Tensor.__setitem__) and any(isinstance(i, list) for i in (index if isinstance(index, tuple) else [index])): return True
+    many = isinstance(value, Tensor) and value.dim() > 0
+    for i in tree_leaves(index):
+        if isinstance(i, Tensor) and (i.dtype is torch.bool and (many or f is not Tensor.__setitem__) or on_gpu(i) == (i.dim() == 0)): return True
+    return many and not on_gpu(value)
 
 
 def place() -> str:
@@ -94,8 +108,7 @@ class Pretend(TorchFunctionMode):
     def look_at(self, f, args, kwargs, tensors, sides, device) -> None:
         "Does the host wait here?"
         if any(sides):
-            masks = f in INDEXES and any(t.dtype is torch.bool for t in tensors[1:])
-            if f in WAITS or masks or f in INDEXES and not all(sides): self.wait()
+            if asks(f, args, kwargs): self.wait()
             if f is Tensor.copy_ and not all(sides) and not (kwargs.get("non_blocking") or len(args) > 2): self.wait()
         elif f in MAKES and is_gpu(device): self.wait()
 

@@ -49,6 +49,24 @@ def test_it_counts_where_it_is_waited_for():
     assert pretend.waits == {"spcl.py: remember": 1} and pretend.steps == 3
 
 
+def test_it_knows_which_calls_wait():
+    def put(x, at, value): x[at] = value
+    with gpu() as pretend:
+        a, host = torch.arange(6., device="cuda").view(2, 3), torch.tensor([0, 1])
+        i, mask = host.to("cuda", non_blocking=True), a > 2
+        waits = [lambda: a[mask], lambda: a[host], lambda: a[[0, 1]], lambda: a[i[0]], lambda: put(a, mask, a[0].clone()), lambda: put(a, host, a.clone()),
+                 lambda: put(a, 0, torch.ones(3)), lambda: torch.where(mask), lambda: torch.argwhere(mask), lambda: i.unique_consecutive(), lambda: i.repeat_interleave(i),
+                 lambda: a.cpu(), lambda: a.sum().item(), lambda: bool(i[0] == 0), lambda: torch.tensor([1.], device="cuda"), lambda: host.to("cuda")]
+        does_not = [lambda: a[i], lambda: a[0, 1:], lambda: a[host[0]], lambda: put(a, mask, 0.), lambda: put(a, i, a.clone()), lambda: put(mask, i, mask.clone()),
+                    lambda: torch.where(mask, a, -a), lambda: i.repeat_interleave(2), lambda: i.repeat_interleave(i, output_size=1), lambda: torch.full((2,), 1., device="cuda"),
+                    lambda: a.index_put_((i,), a.clone()), lambda: host.to("cuda", non_blocking=True)]
+        pretend.local.stepping = True
+        for calls, waited in (waits, True), (does_not, False):
+            for n, call in enumerate(calls):
+                pretend.waits.clear(); call()
+                assert bool(pretend.waits) == waited, (waited, n)
+
+
 CASES = {
     "spcl, kl": {"method": "domainmix-kl"},
     "parts and both views": {"net": {"parts": True, "view": "both"}, "method": "only-a"},
