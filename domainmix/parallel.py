@@ -93,9 +93,10 @@ def once(
 def first(
     call: Callable[[], Any],  # makes a file, or finds it made
 ) -> Any:
-    "`call` in the first process, then in the others."
-    if ranks()[1] > 1: once(lambda: call() and None)
-    return call()
+    "`call` in the first process, then in the others; once in each."
+    found = []
+    if ranks()[1] > 1: once(lambda: found.append(call()))
+    return found[0] if found else call()
 
 
 def any_of(
