@@ -11,7 +11,6 @@ import re
 import shutil
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 
