@@ -671,6 +671,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                     'domainmix.parallel.divided': ('parallel.html#divided', 'domainmix/parallel.py'),
                                     'domainmix.parallel.everyone': ('parallel.html#everyone', 'domainmix/parallel.py'),
                                     'domainmix.parallel.first': ('parallel.html#first', 'domainmix/parallel.py'),
+                                    'domainmix.parallel.follow': ('parallel.html#follow', 'domainmix/parallel.py'),
                                     'domainmix.parallel.gathered': ('parallel.html#gathered', 'domainmix/parallel.py'),
                                     'domainmix.parallel.joined': ('parallel.html#joined', 'domainmix/parallel.py'),
                                     'domainmix.parallel.leave': ('parallel.html#leave', 'domainmix/parallel.py'),

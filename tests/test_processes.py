@@ -99,6 +99,7 @@ def the_same_but_sooner(home, alone, said):
     assert len(lines) == len({(r["run"], r["epoch"]) for r in lines})
 
 
+in_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
 longer = pytest.mark.skipif(not os.environ.get("DOMAINMIX_SLOW"), reason="a longer test: DOMAINMIX_SLOW=1")
 
 
@@ -123,7 +124,21 @@ def test_two_processes_asked_to_end(start, alone):
     the_same_but_sooner(home, alone, said)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
+@longer
+@in_proc
+def test_two_processes_end_when_torchrun_is_killed(start, alone):
+    job, home = start("orphans", 2)
+    when(job, home, "stage1", 1)
+    assert len(workers(job)) == 2
+    os.kill(job.pid, signal.SIGKILL)                              # torchrun itself, which has no time to end them
+    code, said = ended(job, limit=60)                             # it hangs as long as one of them has its output open
+    assert (home/"stage1").is_dir() and not (home/"metrics.json").exists(), said
+    job, _ = start("orphans", 2)
+    said = ends_well(job)
+    the_same_but_sooner(home, alone, said)
+
+
+@in_proc
 def test_one_of_two_processes_dies_and_one_goes_on(start, alone):
     job, home = start("struck", 2)
     when(job, home, "stage2", 2)

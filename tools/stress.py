@@ -28,13 +28,20 @@ def start(root, name, processes):
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
+def family(pid):
+    "The processes that a process has started; torchrun's are groups of their own."
+    file = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(p) for p in file.read_text().split()] if file.is_file() else []
+
+
 def strike(job, seconds, how):
     "Wait, and strike all processes of a job; was it struck, its exit code and last words."
     struck = False
     try: _, said = job.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         struck = True
-        os.killpg(job.pid, how)
+        for pid in family(job.pid) if how == signal.SIGKILL else []: os.kill(pid, how)
+        os.killpg(job.pid, how)                                # of torchrun alone: it hands SIGTERM on to its processes
         try: _, said = job.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             os.killpg(job.pid, signal.SIGKILL)
