@@ -84,7 +84,7 @@ def report_errors(call: Callable[[], Any] # what the user asked for
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
         say(f"error: {e.strerror}: {e.filename or 'while writing'}\n  -> make room or change its rights, or choose another --data; the same command goes on"); return 2
-    except torch.cuda.OutOfMemoryError as e: say(f"error: the GPU's memory is full ({e})\n  -> smaller batches (stage2.p, stage3.p, spcl.p), a smaller --height and --width, more processes, or --device cpu; what was finished is kept"); return 2
+    except torch.cuda.OutOfMemoryError as e: say(f"error: the GPU's memory is full ({e})\n  -> smaller batches (pretrain.p, spcl.p, stage2.p, stage3.p), a smaller --height and --width, more processes, or --device cpu; what was finished is kept"); return 2
     except Terminated: say("\nasked to end, and the state is saved: the same command goes on from here", own=False); return 143
     except KeyboardInterrupt: say("\ninterrupted; nothing that was finished is lost: the same command goes on from here", own=False); return 130
     return 0

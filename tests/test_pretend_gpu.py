@@ -1,19 +1,21 @@
 """What a GPU would refuse, and where it would be waited for, on a GPU that is only pretended (`pretend.py`)."""
 import contextlib
 import math
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from domainmix import trainer
 from domainmix.bench import bench_features, bench_growth, bench_input, bench_ranking, bench_stage1, bench_step
 from domainmix.core import load_jsonl
 from domainmix.evaluate import rank
 from domainmix.knn import knn
 from domainmix.models import evaluate_model
 from domainmix.neighbours import jaccard_graph
-from domainmix.pipeline import run
+from domainmix.pipeline import report_errors, run
 from domainmix.rerank import Rerank
 from domainmix.settings import TINY, TRAININGS, configure
 from domainmix.spcl import remember
@@ -126,3 +128,21 @@ def test_a_model_is_evaluated_and_benchmarks_run_on_it(tmp_path):
         assert bench_input(images=32, batch=16, height=32, width=16, rounds=1, **quiet)
         row = bench_step(batch=8, backbone="resnet50", height=64, width=32, classes=8, ways=("usual", "channels_last"), rounds=1, **quiet)
     assert row["ways"].keys() == {"usual", "channels_last"} and abs(found["mAP"] - expected["mAP"]) < 1e-3
+
+
+def test_a_full_memory_says_what_to_lower_and_what_was_finished_is_kept(tmp_path, capsys):
+    config = configure(TINY, dict(real="world", target="world", run="tiny", data=str(tmp_path), device="cuda"))
+    whole, steps = trainer.backbone_loss, []
+
+    def full(*args):
+        steps.append(args)
+        if len(steps) > 10: raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(*args)
+    with gpu():
+        with patch.object(trainer, "backbone_loss", full): assert report_errors(lambda: run(config)) == 2       # in stage 2: stage 0 has six steps, stage 1 a loss of its own
+        said, home = capsys.readouterr().err, tmp_path/"runs/tiny"
+        assert "memory is full" in said and "Tried to allocate 2.00 GiB" in said and "stage2.p" in said and "Traceback" not in said
+        before = [(home/stage/"model.safetensors").stat().st_mtime_ns for stage in ("stage0", "stage1")]
+        assert (home/"stage2/last.ckpt").is_file() and not (home/"stage2/model.safetensors").exists()            # its first epoch is kept too
+        result = run(config)
+    assert before == [(home/stage/"model.safetensors").stat().st_mtime_ns for stage in ("stage0", "stage1")] and result["mAP"] > 0

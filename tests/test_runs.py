@@ -3,11 +3,14 @@ import os
 import shutil
 import signal
 import sys
+import time
 
 import pytest
 
 from domainmix.core import load_json, load_jsonl, save_json
-from domainmix.settings import METHODS
+from domainmix.pipeline import run
+from domainmix.runs import list_runs
+from domainmix.settings import METHODS, TINY, configure
 from test_cli import FIRST, LONG, after, domainmix, finished, flags, forks, lines, sets, wrong  # noqa: F401 (fixtures)
 
 
@@ -182,3 +185,22 @@ def test_without_tensorboard_a_run_does_not_begin(monkeypatch, tmp_path, capsys)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert main(["run", "--real", "world", "--tensorboard"]) == 2
     assert "pip install tensorboard" in capsys.readouterr().err and not (tmp_path / "data").exists()
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="a process cannot move abroad here")
+def test_a_run_goes_on_where_the_clock_was_set_back_in_another_time_zone(tmp_path, monkeypatch):
+    config = {name: configure(TINY, dict(target="world", method="only-a", run="tiny", data=str(tmp_path/name))) for name in ("still", "moved")}
+    home = tmp_path/"moved/runs/tiny"
+    with monkeypatch.context() as m:
+        m.setattr("domainmix.plan.stage2", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt): run(config["moved"])
+    before = (home/"stage0/model.safetensors").stat().st_mtime_ns
+    with monkeypatch.context() as m:
+        m.setenv("TZ", "Pacific/Auckland")
+        m.setattr(time, "time", lambda: 1e9)                    # 2001
+        time.tzset()
+        moved = run(config["moved"])
+        listed = list_runs(tmp_path/"moved")
+    time.tzset()
+    assert moved == run(config["still"]) and before == (home/"stage0/model.safetensors").stat().st_mtime_ns
+    assert [(r.name, r.state) for r in listed] == [("tiny", "finished")]
