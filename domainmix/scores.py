@@ -15,6 +15,9 @@ from .settings import METHODS, RunConfig
 from .inputs import Inputs
 from .cache import Stage
 
+# %% ../nbs/57_scores.ipynb #f4edda5d
+SCORES = ("mAP", "rank1", "rank5", "rank10", "domain_probe", "mAP_trapezoid", "mINP")
+
 # %% ../nbs/57_scores.ipynb #4d2f7ab0
 def label_statistics(inputs: Inputs,
                      folder: Path,  # with a table of labels
@@ -28,7 +31,7 @@ def label_statistics(inputs: Inputs,
 
 def scores(stage: Stage, checks: list[Stage]) -> dict:
     "All that was measured on the network of `stage`."
-    found = {"mAP": None, "rank1": None, "rank5": None, "rank10": None, "mAP_trapezoid": None, "mINP": None, "domain_probe": None}
+    found = dict.fromkeys(SCORES)
     for c in checks:
         file = c.folder/"scores.json"
         if c.folder.parent == stage.folder:
@@ -43,9 +46,6 @@ def metrics(config: RunConfig, inputs: Inputs, stages: list[Stage], checks: list
     return {"method": config.method, "seed": config.seed, **scores(nets[-1], checks), "labels": labels,
             "stages": {s.name: scores(s, checks) for s in nets} if config.all_stages else {},
             "unreadable": {k: v["unreadable"] for k, v in inputs.about().items()}}
-
-# %% ../nbs/57_scores.ipynb #f4edda5d
-SCORES = ("mAP", "rank1", "rank5", "rank10", "domain_probe", "mAP_trapezoid", "mINP")
 
 # %% ../nbs/57_scores.ipynb #5decde98
 COLUMNS = {"mAP": "mAP", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "domain_probe": "probe",

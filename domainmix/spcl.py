@@ -93,7 +93,7 @@ def remember(
     if most is None: most = int(turn.max()) + 1
     entry = torch.full((most, len(row)), -1, device=row.device)        # of each round: whose turn it is at each place; -1: nobody's
     entry[turn, place] = torch.arange(len(row), device=row.device)
-    moved = torch.zeros_like(feature)
+    moved = rows.new_zeros(feature.shape)
     moved[place] = rows[row]
     for now in entry:
         new = F.normalize(momentum * moved + (1 - momentum) * feature[now.clamp(min=0)])

@@ -3,6 +3,7 @@
 It knows on which side every tensor's storage lies, from the calls of torch's Python interface that made it. Two sides in one call,
 NumPy on a tensor of the GPU, or a random stream of the other side are errors, as they are on a GPU; and every place in the
 package at which the host would wait for a GPU is counted. Speed, memory, kernels and several GPUs are not pretended.
+(torch's own `FakeTensorMode` has sides and no values, and a backward pass in it asks for a driver.)
 """
 import collections
 import contextlib
@@ -84,15 +85,15 @@ class Pretend(TorchFunctionMode):
         if f is Tensor.pin_memory: return self.pinned(args[0])
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu"]
         sides = [on_gpu(t) for t in tensors]
-        name, asked, device = getattr(f, "__qualname__", str(f)), kwargs.get("device"), kwargs.pop("device", None)
+        name, device = getattr(f, "__qualname__", str(f)), kwargs.pop("device", None)
         if any(sides) and device is None: self.refuse(f, name, args, kwargs, tensors, sides)
         self.look_at(f, args, kwargs, tensors, sides, device)
         self.same_side(name, kwargs.get("generator"), is_gpu(device) if device is not None else any(sides))
         if device is not None: kwargs["device"] = CPU if is_gpu(device) else device
         if f in BACKWARD: return self.backward(f, args, kwargs, any(sides))
         out = f(*args, **kwargs)
-        if device is None: onto = on_gpu(args[0]) if f in CROSSES and sides else any(sides)
-        else: onto = is_gpu(asked)
+        if device is not None: onto = is_gpu(device)
+        else: onto = on_gpu(args[0]) if f in CROSSES and sides else any(sides)
         if f in MAKES and tensors and onto != any(sides) and isinstance(out, Tensor): out = out.clone()
         return tree_map(put, out) if onto and f is not Tensor.data.__set__ else out
 

@@ -13,6 +13,7 @@ from domainmix.bench import bench_features, bench_growth, bench_input, bench_ran
 from domainmix.core import load_jsonl
 from domainmix.evaluate import rank
 from domainmix.knn import knn
+from domainmix.loop import Run
 from domainmix.models import evaluate_model
 from domainmix.neighbours import jaccard_graph
 from domainmix.pipeline import report_errors, run
@@ -40,7 +41,6 @@ def test_it_refuses_what_a_gpu_refuses():
 
 
 def test_it_counts_where_it_is_waited_for():
-    from domainmix.loop import Run
     with gpu() as pretend, Run("toy", 1, 3, {}, {}, device=torch.device("cuda")) as epochs:
         rows, row = torch.eye(4, device="cuda"), torch.tensor([0, 0, 1], device="cuda")
         for _ in epochs:

@@ -12,6 +12,7 @@ import torch
 from domainmix.core import load_json, load_jsonl, load_weights, save_json
 from domainmix.loop import load_checkpoint
 from domainmix.settings import TINY, TRAININGS
+from stress import family
 
 pytest.importorskip("accelerate")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -57,11 +58,6 @@ def when(job, home, stage, epochs):
         if log.is_file() and sum(r["run"] == stage for r in load_jsonl(log)) >= epochs: return
         time.sleep(.01)
     raise AssertionError(f"{stage} never came so far: {ended(job)}")
-
-
-def workers(job):
-    "The processes that torchrun started."
-    return [int(p) for p in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
 
 
 def weights(home, stage):
@@ -129,7 +125,7 @@ def test_two_processes_asked_to_end(start, alone):
 def test_two_processes_end_when_torchrun_is_killed(start, alone):
     job, home = start("orphans", 2)
     when(job, home, "stage1", 1)
-    assert len(workers(job)) == 2
+    assert len(family(job.pid)) == 2
     os.kill(job.pid, signal.SIGKILL)                              # torchrun itself, which has no time to end them
     code, said = ended(job, limit=60)                             # it hangs as long as one of them has its output open
     assert (home/"stage1").is_dir() and not (home/"metrics.json").exists(), said
@@ -142,8 +138,8 @@ def test_two_processes_end_when_torchrun_is_killed(start, alone):
 def test_one_of_two_processes_dies_and_one_goes_on(start, alone):
     job, home = start("struck", 2)
     when(job, home, "stage2", 2)
-    assert len(workers(job)) == 2
-    os.kill(workers(job)[-1], signal.SIGKILL)                     # one machine of two is gone
+    assert len(family(job.pid)) == 2
+    os.kill(family(job.pid)[-1], signal.SIGKILL)                     # one machine of two is gone
     code, said = ended(job)
     assert code != 0 and (home/"stage2").is_dir() and not (home/"metrics.json").exists(), said
     job, _ = start("struck", 1)

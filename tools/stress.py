@@ -4,6 +4,7 @@
 processes. Each time a run is finished its metrics are compared with those of an undisturbed one, and another is begun.
 """
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -40,7 +41,8 @@ def strike(job, seconds, how):
     try: _, said = job.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         struck = True
-        for pid in family(job.pid) if how == signal.SIGKILL else []: os.kill(pid, how)
+        for pid in family(job.pid) if how == signal.SIGKILL else []:
+            with contextlib.suppress(ProcessLookupError): os.kill(pid, how)
         os.killpg(job.pid, how)                                # of torchrun alone: it hands SIGTERM on to its processes
         try: _, said = job.communicate(timeout=60)
         except subprocess.TimeoutExpired:
