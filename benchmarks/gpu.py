@@ -12,18 +12,21 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from domainmix.backbone import BackboneConfig, build_backbone
+from domainmix.bodies import BackboneConfig
+from domainmix.backbone import build_backbone
 from domainmix.batches import TrainSet, union
-from domainmix.bench import after_knn, bench_features, machine, share_found
-from domainmix.bench_training import PARTS, bench_input, bench_step, measured, watched
-from domainmix.core import DomainMixError, generator, pick_device, save_json
-from domainmix.evaluate import rank
+from domainmix.bench.speed import cluster_after_knn, bench_features, machine_info, neighbour_recall
+from domainmix.bench.training import STEP_PARTS, bench_input, bench_step, measure, mark_training_steps
+from domainmix.core import DomainMixError, generator, pick_device
+from domainmix.files import save_json
+from domainmix.evaluation import rank
 from domainmix.knn import knn
-from domainmix.loop import embed_images
+from domainmix.loading import embed_images
 from domainmix.pseudolabel import ClusterConfig, cluster
 from domainmix.spcl import SpCLConfig, adapt
-from domainmix.trainer import DomainConfig, TrainConfig, train, train_invariant
-from domainmix.world import STYLES, draw_domain, roster
+from domainmix.schedule import DomainConfig, TrainConfig
+from domainmix.training import train, train_invariant
+from domainmix.world import STYLES, draw_domain, sample_sightings
 
 # About as many images an identity as RandPerson (16.5) and MSMT17 (31) have.
 A = replace(STYLES["a"], cameras=19, cameras_per_id=(3, 8))
@@ -92,8 +95,8 @@ class Bench:
     def watch(self, stage):
         "Throughput, parts and memory of a stage, and what it gives."
         lines = []
-        with watched(self.device) as mark: result, cost = measured(lambda: stage(lambda **line: lines.append(line)))
-        parts = {part: mark.seconds().get(part, 0.) for part in PARTS}
+        with mark_training_steps(self.device) as mark: result, cost = measure(lambda: stage(lambda **line: lines.append(line)))
+        parts = {part: mark.seconds().get(part, 0.) for part in STEP_PARTS}
         images = mark.count("input") * self.args.batch * (2 if lines[0]["stage"] == "stage1" else 1)
         row = dict(whole=cost, steps=mark.count("input"), parts_seconds=parts, shares=mark.shares(), between_epochs_seconds=mark.seconds().get("between epochs", 0.),
                    images_per_s=images / max(sum(parts.values()), 1e-9), log=lines)
@@ -107,7 +110,7 @@ def memory(cost): return cost.get("gpu_megabytes") or cost["megabytes"] or 0
 def some(style, name, n):
     "A roster of `n` images of `style`, and the style with the identities it takes."
     style = replace(style, ids=int(1.1 * n / PER_ID[name]) + 8)
-    seen = roster(style, generator(0, "world", name, "roster"))
+    seen = sample_sightings(style, generator(0, "world", name, "roster"))
     return style, {column: rows[:n] for column, rows in seen.items()}
 
 
@@ -116,7 +119,7 @@ def world(b):
     row, sets = {}, []
     for domain, (name, style, n) in enumerate((("a", A, b.args.a_images), ("b", B, b.args.b_images))):
         style, seen = some(style, name, n)
-        drawn, cost = measured(lambda: draw_domain(style, 0, b.size, b.device, name, seen, progress=f"drawing {name.upper()}"))
+        drawn, cost = measure(lambda: draw_domain(style, 0, b.size, b.device, name, seen, progress=f"drawing {name.upper()}"))
         pid = drawn.pid.unique(return_inverse=True)[1]
         sets.append(TrainSet(drawn.images, pid, drawn.camera, torch.full_like(pid, domain)))
         row[name] = dict(images=len(drawn), identities=drawn.n_ids, images_per_s=len(drawn) / cost["seconds"], **cost)
@@ -186,13 +189,13 @@ def precision(b):
 def clustering(b):
     "Features of B and their clusters; neighbours of as many rows as RandPerson has, and all that follows."
     net, x = getattr(b, "trained", b.net).to(b.device), b.sets[1].images
-    features, cost = measured(lambda: embed_images(net, x, b.device))
+    features, cost = measure(lambda: embed_images(net, x, b.device))
     row = dict(embed=dict(images_per_s=len(x) / cost["seconds"], **cost))
-    _, row["cluster"] = measured(lambda: cluster(features, ClusterConfig()))
+    _, row["cluster"] = measure(lambda: cluster(features, ClusterConfig()))
     row["cluster"]["images"] = len(x)
     x, c = bench_features(b.args.rows, b.args.dim)[0], ClusterConfig(k1=b.args.k).resolved(b.args.rows)
-    lists, row["neighbours"] = measured(lambda: knn(x.to(b.device), c.k1))
-    clusters, row["after"] = measured(lambda: after_knn(x, *lists, c))
+    lists, row["neighbours"] = measure(lambda: knn(x.to(b.device), c.k1))
+    clusters, row["after"] = measure(lambda: cluster_after_knn(x, *lists, c))
     row |= dict(rows=b.args.rows, dim=b.args.dim, clusters=clusters.n_clusters)
     b.say(f"{row['embed']['images_per_s']:,.0f} images/s embedded; clusters of {len(features):,} in {row['cluster']['seconds']:.1f} s; "
           f"neighbours of {b.args.rows:,} in {row['neighbours']['seconds']:.1f} s, then {row['after']['seconds']:.1f} s")
@@ -207,7 +210,7 @@ def agreement(b):
     row, on = dict(part=n, knn={}), x.to(b.device)
     for method in ("auto", "fp32", "bf16"):
         there, s = knn(on, b.args.k, method)
-        row["knn"][method] = dict(found=share_found(exact, there), similarity_off=float(np.abs(s - similarity).max()))
+        row["knn"][method] = dict(found=neighbour_recall(exact, there), similarity_off=float(np.abs(s - similarity).max()))
     q = n // 4
     people = pid[:q], pid[q:], camera[:q], camera[q:]
     cpu, gpu = rank(x[:q], x[q:], *people), rank(on[:q], on[q:], *people)
@@ -238,13 +241,13 @@ def main(argv=None):
     "Run the sections; the exit code is 1 where one failed or an answer disagrees."
     args = settings(argv)
     b = Bench(args)
-    b.keep("machine", machine(torch.get_num_threads(), b.device))
+    b.keep("machine", machine_info(torch.get_num_threads(), b.device))
     b.keep("settings", {k: v for k, v in vars(args).items() if k != "out"})
     wrong = []
     for name in args.sections:
         b.say(f"-- {name}: {SECTIONS[name].__doc__}")
         try:
-            result, cost = measured(lambda: SECTIONS[name](b))
+            result, cost = measure(lambda: SECTIONS[name](b))
             b.keep(name, result | dict(section_seconds=cost["seconds"]))
             if result.get("agrees") is False: wrong.append(f"{name}: the answers disagree")
         except Exception as e:                               # the others are still worth having

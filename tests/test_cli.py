@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from domainmix.core import load_json, load_jsonl, locked, save_json, save_weights
-from domainmix.data import write_market1501, write_msmt17, write_randperson
-from domainmix.world import toy
+from domainmix.files import load_json, load_jsonl, locked, save_json, save_weights
+from domainmix.layouts import write_market1501, write_msmt17, write_randperson
+from domainmix.world import toy_domain
 from forks import Forks
 
 STAGES = {"epochs": 2, "iterations": 4, "p": 4, "k": 2}
@@ -34,9 +34,9 @@ SCORES = ("mAP", "rank1", "rank5", "rank10", "mAP_trapezoid", "domain_probe")
 
 FIRST_OF_ALL = """
 import torch, tyro, sklearn, scipy.sparse.csgraph
-import domainmix.cli, domainmix.viz, matplotlib.figure
+import domainmix.cli, domainmix.views.charts, matplotlib.figure
 torch.set_num_threads(1)
-domainmix.cli.parse(["run"])
+domainmix.cli.parse_command(["run"])
 """
 
 
@@ -75,7 +75,7 @@ def domainmix(forks, tmp_path):
 def picture_folder(root, n_ids, per_id, cameras, seed, name="{pid:03d}_c{camera}_{i}.png"):
     "Drawn people as plain files."
     root.mkdir(parents=True)
-    for i, (image, pid, camera) in enumerate(zip(*toy(n_ids, per_id, cameras, seed=seed))):
+    for i, (image, pid, camera) in enumerate(zip(*toy_domain(n_ids, per_id, cameras, seed=seed))):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / name.format(pid=int(pid), camera=int(camera) + 1, i=i))
     return root
 
@@ -84,9 +84,9 @@ def picture_folder(root, n_ids, per_id, cameras, seed, name="{pid:03d}_c{camera}
 def sets(tmp_path_factory):
     "Small sets on disk: A and B to train on, C to be tested on, plain crops, and the settings of a run of a second."
     root = tmp_path_factory.mktemp("sets")
-    write_randperson(root / "a", *toy(10, 4, 2))
-    write_msmt17(root / "b", *toy(10, 6, 2, seed=1), split=["train"] * 60)
-    images, pid, camera = toy(8, 4, 2, seed=2)
+    write_randperson(root / "a", *toy_domain(10, 4, 2))
+    write_msmt17(root / "b", *toy_domain(10, 6, 2, seed=1), split=["train"] * 60)
+    images, pid, camera = toy_domain(8, 4, 2, seed=2)
     write_market1501(root / "c", images, pid + 1, camera, split=["query" if i % 4 < 2 else "gallery" for i in range(32)])
     picture_folder(root / "crops", 10, 6, 2, 1)
     save_json(root / "tiny.json", TINY)

@@ -11,12 +11,18 @@ import torch
 from hypothesis import assume, given, settings, strategies as st
 from PIL import Image
 
-from domainmix import data
-from domainmix.batches import (AugmentConfig, PKSampler, TrainSet, augment, crop, draw, load_images, normalise, rectangles,
-                               train_set, union)
-from domainmix.core import DomainMixError, fails, generator
-from domainmix.data import (DataSet, Records, find_pictures, merge, read_dataset, read_folder, read_market1501, read_msmt17,
-                            read_randperson, sniff, write_cuhk03np, write_market1501, write_msmt17, write_randperson)
+from domainmix import datasets, layouts, records
+from domainmix.batches import (
+    AugmentConfig, PKSampler, TrainSet, augment, flip_and_shift, augmentation_numbers, erase_boxes, train_set, union,
+)
+from domainmix.images import load_images, normalise
+from domainmix.core import DomainMixError, expect_error, generator
+from domainmix.records import DataSet, Records, find_images
+from domainmix.layouts import (
+    merge_splits, read_market1501, read_msmt17, read_randperson, guess_layouts, write_cuhk03np, write_market1501,
+    write_msmt17, write_randperson,
+)
+from domainmix.datasets import read_dataset, read_folder
 
 few = settings(max_examples=25, deadline=None)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -31,7 +37,7 @@ def flat(n, size=(16, 8)):
     return (torch.arange(n) * 37 % 256).byte()[:, None, None, None].expand(n, 3, *size).contiguous()
 
 
-rows = st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 5), st.sampled_from(data.SPLITS)), min_size=1, max_size=12)
+rows = st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 5), st.sampled_from(records.SPLITS)), min_size=1, max_size=12)
 
 
 def same(dataset, root, names, pid, camera, split, images):
@@ -61,7 +67,7 @@ def test_layouts_round_trip(layout, rows):
             warnings.filterwarnings("ignore", "(?s).*one camera")
             dataset = read_dataset(f"{layout}:{tmp}/set")   # its own counts.json: no warning
         same(dataset, root, names, pid, camera, split, images)
-        assert sniff(tmp + "/set")[0] == layout
+        assert guess_layouts(tmp + "/set")[0] == layout
 
 
 @few
@@ -120,27 +126,27 @@ def test_hidden_files_links_and_loops(tmp_path):
     (tmp_path / "b").symlink_to(tmp_path / "a")
     (tmp_path / "lost.jpg").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe.jpg")
-    assert [p.rsplit("/")[-1] for p in find_pictures(tmp_path)] == ["1.jpg", "lost.jpg"]
-    fails(lambda: load_images(read_folder(tmp_path).train), "1 of 2", "lost.jpg", "No such file")
+    assert [p.rsplit("/")[-1] for p in find_images(tmp_path)] == ["1.jpg", "lost.jpg"]
+    expect_error(lambda: load_images(read_folder(tmp_path).train), "1 of 2", "lost.jpg", "No such file")
 
 
 @pytest.mark.parametrize("path", ["../secret.jpg", "a/../../secret.jpg", "/etc/secret.jpg", "..\\secret.jpg", "C:\\secret.jpg",
                                   "link/0_0_01_.jpg", "0_0_01_link.jpg", "0_0_01_\0.jpg"])
-@pytest.mark.parametrize("split", data.SPLITS)
+@pytest.mark.parametrize("split", records.SPLITS)
 def test_lists_cannot_lead_out(tmp_path, path, split):
-    write_msmt17(tmp_path / "set", pictures(3), [1, 1, 1], [0, 1, 0], data.SPLITS)
+    write_msmt17(tmp_path / "set", pictures(3), [1, 1, 1], [0, 1, 0], records.SPLITS)
     folder = tmp_path / "set" / ("train" if split == "train" else "test")
     (tmp_path / "elsewhere").mkdir()
     Image.new("RGB", (2, 4)).save(tmp_path / "elsewhere/0_0_01_.jpg")
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     (folder / "0_0_01_link.jpg").symlink_to(tmp_path / "elsewhere/0_0_01_.jpg")
-    with open(tmp_path / "set" / data.LISTS[split][0], "a") as f:
+    with open(tmp_path / "set" / layouts.LIST_FILES[split][0], "a") as f:
         f.write(f"{path} 1\n")
-    fails(lambda: read_msmt17(tmp_path / "set"), "outside the data set", "list_")
+    expect_error(lambda: read_msmt17(tmp_path / "set"), "outside the data set", "list_")
 
 
 def test_links_within_a_list_are_fine(tmp_path):
-    write_msmt17(tmp_path / "set", pictures(3), [1, 1, 1], [0, 1, 0], data.SPLITS)
+    write_msmt17(tmp_path / "set", pictures(3), [1, 1, 1], [0, 1, 0], records.SPLITS)
     first = next((tmp_path / "set/train").rglob("*.jpg"))
     (first.parent / "0001_900_04_x.jpg").symlink_to(first)
     with open(tmp_path / "set/list_train.txt", "a") as f:
@@ -150,12 +156,12 @@ def test_links_within_a_list_are_fine(tmp_path):
 
 
 def test_one_picture_with_two_identities_is_refused(tmp_path):
-    write_msmt17(tmp_path / "set", pictures(3), [1, 1, 1], [0, 1, 0], data.SPLITS)
+    write_msmt17(tmp_path / "set", pictures(3), [1, 1, 1], [0, 1, 0], records.SPLITS)
     line = (tmp_path / "set/list_train.txt").read_text()
     (tmp_path / "set/list_val.txt").write_text(line)
     assert len(read_msmt17(tmp_path / "set").train) == 1            # twice the same: once
     (tmp_path / "set/list_val.txt").write_text(line.replace(" 1", " 2"))
-    fails(lambda: read_msmt17(tmp_path / "set"), "two identities")
+    expect_error(lambda: read_msmt17(tmp_path / "set"), "two identities")
 
 
 def test_every_layout_under_every_other_name(tmp_path):
@@ -167,55 +173,55 @@ def test_every_layout_under_every_other_name(tmp_path):
     write_randperson(tmp_path / "randperson", *rest)
     write_cuhk03np(tmp_path / "cuhk03np-detected/detected", *rest, split)
     for real in ("market1501", "msmt17", "randperson", "cuhk03np-detected"):
-        for said in data.READERS:
+        for said in datasets.READERS:
             if said == "folder":
                 continue
             if said == real:
                 assert read_dataset(f"{said}:{tmp_path}/{real}").train is not None
             else:
-                fails(lambda: read_dataset(f"{said}:{tmp_path}/{real}"), f"looks like {real}", "https" if said != "msmt17" else "http")
-        fails(lambda: read_dataset(f"{tmp_path}/{real}"), f"looks like {real}")
+                expect_error(lambda: read_dataset(f"{said}:{tmp_path}/{real}"), f"looks like {real}", "https" if said != "msmt17" else "http")
+        expect_error(lambda: read_dataset(f"{tmp_path}/{real}"), f"looks like {real}")
 
 
 def test_published_counts_do_not_warn():
-    for name, layout in data.LAYOUTS.items():
+    for name, layout in layouts.LAYOUTS.items():
         for i in range(max(map(len, (layout.counts or {}).values()), default=0)):
             splits = {}
             for split, releases in layout.counts.items():
                 n, ids = releases[i]
                 splits[split] = Records(np.full(n, "x"), np.arange(n) % ids, np.arange(n) % layout.cameras)
-            assert data.count_problems(DataSet(name, "x", **splits), layout.counts, layout.cameras) == []
+            assert layouts.count_problems(DataSet(name, "x", **splits), layout.counts, layout.cameras) == []
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(Exception):
-        data.write_pictures(tmp_path / "set", ["a.jpg", "b.unknown"], pictures(2))
+        layouts.write_images(tmp_path / "set", ["a.jpg", "b.unknown"], pictures(2))
     assert list(tmp_path.iterdir()) == []
     write_market1501(tmp_path / "set", pictures(2), [1, 2], [0, 0])
-    fails(lambda: write_market1501(tmp_path / "set", pictures(2), [1, 2], [0, 0]), "not empty")
+    expect_error(lambda: write_market1501(tmp_path / "set", pictures(2), [1, 2], [0, 0]), "not empty")
     for bad in (dict(pid=[1]), dict(camera=[-1, 0]), dict(split=["train", "val"]), dict(images=pictures(2).float())):
         given = dict(root=tmp_path / "new", images=pictures(2), pid=[1, 2], camera=[0, 0]) | bad
         with pytest.raises(DomainMixError):
             write_market1501(**given)
         with pytest.raises(DomainMixError):
             write_msmt17(**given)
-    fails(lambda: write_msmt17(tmp_path / "new", pictures(1), [-1], [0]), "identity is -1")
+    expect_error(lambda: write_msmt17(tmp_path / "new", pictures(1), [-1], [0]), "identity is -1")
 
 
 def test_merge_keeps_people_apart(tmp_path):
     write_msmt17(tmp_path / "ms", pictures(4), [0, 1, 0, 0], [0, 1, 0, 1], ["train", "train", "query", "gallery"])
-    both = merge(read_msmt17(tmp_path / "ms"))
+    both = merge_splits(read_msmt17(tmp_path / "ms"))
     assert both.n_ids == 3 and len(both) == 4
     write_market1501(tmp_path / "ma", pictures(4), [0, 1, 2, 2], [0, 1, 0, 1], ["gallery", "train", "query", "gallery"])
-    assert merge(read_market1501(tmp_path / "ma")).pid.tolist() == [1, 2, 2]
+    assert merge_splits(read_market1501(tmp_path / "ma")).pid.tolist() == [1, 2, 2]
 
 
 @few
 @given(st.lists(st.integers(-1, 50), min_size=1, max_size=40), st.randoms(use_true_random=False))
 def test_labels_do_not_depend_on_order(pid, random):
-    label = data.relabel(np.array(pid))
+    label = records.relabel(np.array(pid))
     order = random.sample(range(len(pid)), len(pid))
-    assert data.relabel(np.array(pid)[order]).tolist() == label[order].tolist()
+    assert records.relabel(np.array(pid)[order]).tolist() == label[order].tolist()
     known = sorted({p for p in pid if p >= 0})
     assert [(-1 if p < 0 else known.index(p)) for p in pid] == label.tolist()
 
@@ -263,12 +269,12 @@ def test_cache_of_another_set_is_never_taken(tmp_path):
 @given(st.integers(1, 6), st.sampled_from([(8, 4), (64, 32), (31, 7), (5, 9), (1, 1)]), st.floats(0, 1), st.integers(0, 300), st.integers(0, 9))
 def test_augmented_pixels_come_from_the_picture(n, size, flip, pad, seed):
     config = AugmentConfig(flip=flip, pad=pad)
-    images, u = pictures(n, size=size) | 1, draw(n, generator(seed))
-    moved = crop(images, u, config)
+    images, u = pictures(n, size=size) | 1, augmentation_numbers(n, generator(seed))
+    moved = flip_and_shift(images, u, config)
     assert moved.shape == images.shape
     for a, b in zip(moved, images):
         assert set(a.flatten().tolist()) <= set(b.flatten().tolist()) | {0}
-    top, left, bottom, right = rectangles(u, *size, config)
+    top, left, bottom, right = erase_boxes(u, *size, config)
     out = augment(images, config, generator(seed))
     area = ((bottom - top) * (right - left)).tolist()
     plain = normalise(moved)
@@ -285,7 +291,7 @@ def test_batches_keep_the_rules(rows, p, k, once, seed):
     label, camera = (np.array(c) for c in zip(*rows))
     ids = set(label[label >= 0])
     if len(ids) < p:
-        return fails(lambda: PKSampler(label, camera, p=p, k=k), f"needs {p} identities", "lower p")
+        return expect_error(lambda: PKSampler(label, camera, p=p, k=k), f"needs {p} identities", "lower p")
     sampler = PKSampler(label, camera, p=p, k=k, singletons_once=once)
     for e in range(5):
         batch = sampler.sample(generator(seed, e)).tolist()
@@ -309,7 +315,7 @@ def test_union_keeps_classes_and_cameras_apart(sets):
     parts = []
     for d, rows in enumerate(sets):
         label, camera = (np.array(c) for c in zip(*rows))
-        parts.append(TrainSet(pictures(len(rows)), data.relabel(label), camera, [d] * len(rows)))
+        parts.append(TrainSet(pictures(len(rows)), records.relabel(label), camera, [d] * len(rows)))
     both, at = union(*parts), 0
     seen_label, seen_camera = set(), set()
     for part in parts:
@@ -324,8 +330,8 @@ def test_union_keeps_classes_and_cameras_apart(sets):
 
 def test_real_photographs():
     "The development part of Market-1501, where it lies beside the checkout."
-    from domainmix.core import shared
-    root = shared() and shared() / "data/market1501_dev"
+    from domainmix.files import reference_folder
+    root = reference_folder() and reference_folder() / "data/market1501_dev"
     if root is None or not root.is_dir():
         pytest.skip("no development photographs here")
     with pytest.warns(UserWarning, match="1,453 images of 179 identities, expected 12,936 of 751"):

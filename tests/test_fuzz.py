@@ -27,12 +27,17 @@ import torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
-from domainmix import batches, core, data, export, loop, models, pseudolabel, results, settings as run_settings, stages, tables, viz, widgets
-from domainmix.backbone import BackboneConfig, build_backbone
-from domainmix.batches import load_images
-from domainmix.cache import Stage, cached
-from domainmix.core import DomainMixError, fails, load_json, save_json, save_weights, to_dict
-from domainmix.data import read_dataset, read_folder, read_msmt17, write_market1501, write_msmt17
+from domainmix import card, checkpoint as checkpoints, core, datasets, files, inference, layouts, pseudolabel, records
+from domainmix.runs import settings as run_settings, stages, tables
+from domainmix.views import charts, figures, report, rerun, results, widgets
+from domainmix.bodies import BackboneConfig
+from domainmix.backbone import build_backbone
+from domainmix.images import load_images
+from domainmix.runs.folder import Stage, run_stage
+from domainmix.core import DomainMixError, expect_error, to_dict
+from domainmix.files import load_json, save_json, save_weights
+from domainmix.datasets import read_dataset, read_folder
+from domainmix.layouts import read_msmt17, write_market1501, write_msmt17
 
 TIMES = float(os.environ.get("DOMAINMIX_FUZZ", 1))
 COUNTED = Counter()     # examples by target
@@ -207,7 +212,7 @@ def raw(said):
 @pytest.fixture(scope="module")
 def msmt(tmp_path_factory):
     root = tmp_path_factory.mktemp("lists") / "set"
-    write_msmt17(root, pictures(3), [1, 1, 1], [0, 1, 0], data.SPLITS)
+    write_msmt17(root, pictures(3), [1, 1, 1], [0, 1, 0], records.SPLITS)
     (root / "train/link").symlink_to(root.parent)
     (root.parent / "0001_000_01_x.jpg").touch()
     return root
@@ -221,7 +226,7 @@ def market(tmp_path_factory):
 
 
 @fuzz(80)
-@given(pieces, st.sampled_from(sum(data.LISTS.values(), ())), st.booleans())
+@given(pieces, st.sampled_from(sum(layouts.LIST_FILES.values(), ())), st.booleans())
 @example("0001/0001_000_01_x.jpg 99999999999999999999\n", "list_train.txt", True)
 @example("link/0001_000_01_x.jpg 1\n", "list_train.txt", True)
 def test_lists_of_msmt17(msmt, lines, name, more):
@@ -286,7 +291,7 @@ def crops(tmp_path_factory):
 @example("(?P<pid>\\d{1,30})")
 def test_patterns(crops, pattern):
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(data, "PATIENCE", .3)
+        m.setattr(datasets, "PATTERN_TIMEOUT", .3)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = tried("patterns", lambda: read_folder(crops, pattern=pattern), crops, "pattern")
@@ -296,16 +301,16 @@ def test_patterns(crops, pattern):
 
 def test_a_pattern_without_end_is_broken_off_and_the_clock_given_back(crops, monkeypatch):
     import signal
-    monkeypatch.setattr(data, "PATIENCE", .2)
+    monkeypatch.setattr(datasets, "PATTERN_TIMEOUT", .2)
     before = signal.getsignal(signal.SIGALRM)
-    fails(lambda: read_folder(crops, pattern=r"(?P<pid>(a+)+)$"), "within 0.2 s", "repetition")
+    expect_error(lambda: read_folder(crops, pattern=r"(?P<pid>(a+)+)$"), "within 0.2 s", "repetition")
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
     read_folder(crops, pattern=r"person(?P<pid>\d+)")
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 names = st.text(st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), min_size=1, max_size=30)
-layouts = st.sampled_from([*data.READERS, "unheard-of"])
+layouts = st.sampled_from([*datasets.READERS, "unheard-of"])
 folders = st.lists(st.one_of(names, st.sampled_from(["bounding_box_train", "query", "bounding_box_test", "detected", "labeled", "train", "test", "mask_train_v2", "list_train.txt", "list_query.txt", "scene0", "0001_c1s1_000001_00.jpg",
                                                      "0001_c1_2.png", "000000_s00_c00_f000001.jpg", "000000_s99_c9999_f1.jpg", "9999999999_c1s1_1_1.jpg", "\u0661_c\u0661s\u0661_1_1.jpg"])), min_size=1, max_size=3).map("/".join)
 
@@ -362,7 +367,7 @@ def opened(target, file):
     config, more = config
     save_json(file.with_name("again.json"), {**to_dict(config), **more})
     assert run_settings.load_config(file.with_name("again.json"))[0] == config
-    checked = tried(target, lambda: run_settings.checked(config), file.parent)
+    checked = tried(target, lambda: run_settings.validate_config(config), file.parent)
     if checked is not REFUSED:
         assert run_settings.run_folder(checked).parent == Path(checked.data) / "runs" and checked.run not in ("", ".", "..")
     return config, more
@@ -396,7 +401,7 @@ def test_settings(changes, nested):
         file = Path(tmp) / "settings.json"
         file.write_bytes(raw(as_json(values)))
         found = opened("settings", file)
-        if found is not REFUSED and not nested and len(changes) == 1 and changes[0][0] not in (*run_settings.HOUSE, "backbone"):
+        if found is not REFUSED and not nested and len(changes) == 1 and changes[0][0] not in (*run_settings.META_KEYS, "backbone"):
             name, value = changes[0]
             if not isinstance(value, (dict, list)):
                 assert at(found[0], name) in (value, float(value) if isinstance(value, int) else value)
@@ -410,7 +415,7 @@ def test_settings(changes, nested):
 @example([("all", 0, b'{"seed": 1, "seed": 2}')])
 def test_config_damaged(how):
     with tempfile.TemporaryDirectory() as tmp:
-        file = save_json(Path(tmp) / "settings.json", {**to_dict(run_settings.configure(run_settings.TINY, real="world", target="world")), "seeds": [0, 1], "methods": ["only-a"]})
+        file = save_json(Path(tmp) / "settings.json", {**to_dict(run_settings.configure(run_settings.TINY_SETTINGS, real="world", target="world")), "seeds": [0, 1], "methods": ["only-a"]})
         file.write_bytes(damaged(file.read_bytes(), how))
         opened("config, damaged", file)
 
@@ -435,7 +440,7 @@ def test_table_files(values, other, which):
             return
         assert all(isinstance(p, str) for p in spec.presets) and all(type(s) is int for s in spec.seeds)
         with pytest.MonkeyPatch.context() as m:       # no cell is done: only what is around it
-            m.setattr(tables, "table", lambda config, methods, seeds, *a, **k: [{"method": n, "seed": s, "error": "not done"} for n in methods for s in seeds])
+            m.setattr(tables, "run_methods", lambda config, methods, seeds, *a, **k: [{"method": n, "seed": s, "error": "not done"} for n in methods for s in seeds])
             rows = tried("table files", lambda: tables.run_table(spec, Path(tmp) / "data", tell=lambda line: None), tmp)
         if rows is not REFUSED:
             assert tables.summary_html(rows, spec.name) and len(list((Path(tmp) / "data/runs").iterdir())) == 1
@@ -538,7 +543,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     saved = parts()
-    loop.save_checkpoint(folder / "last.ckpt", KEY, saved, [{"stage": "stage2", "epoch": 1, "iterations": 3, "loss": .5}])
+    checkpoints.save_checkpoint(folder / "last.ckpt", KEY, saved, [{"stage": "stage2", "epoch": 1, "iterations": 3, "loss": .5}])
     return folder / "last.ckpt", {k: v.clone() for k, v in saved["net"].state_dict().items()}
 
 
@@ -548,7 +553,7 @@ ANEW = [], {}   # nothing of a checkpoint is used
 def resumed(file, right):
     "A checkpoint is taken up as it was, left aside, or refused by name."
     fresh = parts()
-    found = tried("checkpoints", lambda: loop.load_checkpoint(file, KEY, fresh), file.parent, "last.ckpt")
+    found = tried("checkpoints", lambda: checkpoints.load_checkpoint(file, KEY, fresh), file.parent, "last.ckpt")
     if found is not REFUSED and found != ANEW:
         assert found == ([{"stage": "stage2", "epoch": 1, "iterations": 3, "loss": .5}], {}) and all(torch.equal(v, right[k]) for k, v in fresh["net"].state_dict().items())
 
@@ -576,7 +581,7 @@ shaped = st.recursive(st.one_of(scalar.filter(lambda v: v == v), st.sampled_from
 @example("weight", torch.zeros(4, 3).to_sparse())
 def test_checkpoint_of_other_contents(checkpoint, where, value):
     file, right = checkpoint
-    state = core.load_state(file)
+    state = files.load_state(file)
     if where in ("key", "history", "parts", "midway"):
         state[where] = value
     elif where in ("net", "optimiser"):
@@ -592,7 +597,7 @@ def test_checkpoint_of_other_contents(checkpoint, where, value):
     whole = io.BytesIO()
     torch.save(value if where == "all" else state, whole)
     with changed(file, whole.getvalue()):
-        taken = tried("checkpoints", lambda: loop.Run("stage2", 1, 9, KEY, parts(), file.parent), file.parent, "last.ckpt")
+        taken = tried("checkpoints", lambda: checkpoints.StageRun("stage2", 1, 9, KEY, parts(), file.parent), file.parent, "last.ckpt")
         if taken is not REFUSED:
             taken.bar.close()
 
@@ -600,7 +605,7 @@ def test_checkpoint_of_other_contents(checkpoint, where, value):
 def test_checkpoint_that_prints_without_end(checkpoint):
     "Lists that hold one another are small in a file and endless in print."
     file, _ = checkpoint
-    state, endless = core.load_state(file), []
+    state, endless = files.load_state(file), []
     for _ in range(18):
         endless = [endless, endless]
     state["key"]["data"] = endless
@@ -608,7 +613,7 @@ def test_checkpoint_that_prints_without_end(checkpoint):
     torch.save(state, whole)
     with changed(file, whole.getvalue()):
         with pytest.raises(DomainMixError, match="last.ckpt belongs to another run") as e:
-            loop.load_checkpoint(file, KEY, parts())
+            checkpoints.load_checkpoint(file, KEY, parts())
     assert len(str(e.value)) < 5_000
 
 
@@ -625,8 +630,8 @@ def packed(value, form):
 def test_nothing_is_unpickled(tmp_path, form):
     marker, folder = tmp_path / "ran", tmp_path / "files"
     folder.mkdir()
-    readers = {"last.ckpt": [core.load_state, lambda f: loop.load_checkpoint(f, KEY, parts())], "weights.pth": [lambda f: build_backbone(BackboneConfig(weights=str(f)))],
-               "model.safetensors": [stages.load_net], "features.npy": [results.read_features], "labels.npz": [pseudolabel.load_labels], "stage.json": [core.load_json]}
+    readers = {"last.ckpt": [files.load_state, lambda f: checkpoints.load_checkpoint(f, KEY, parts())], "weights.pth": [lambda f: build_backbone(BackboneConfig(weights=str(f)))],
+               "model.safetensors": [stages.load_net], "features.npy": [results.read_features], "labels.npz": [pseudolabel.load_labels], "stage.json": [files.load_json]}
     for bomb in bombs(marker):
         for name, calls in readers.items():
             for content in (packed(bomb, form), npy(np.array([bomb], object))):
@@ -662,7 +667,7 @@ def test_archives_that_grow(tmp_path, name):
     assert (tmp_path / name).stat().st_size < 2**17
     tracemalloc.start()
     try:
-        assert tried("bombs", lambda: (pseudolabel.load_labels if name == "labels.npz" else core.load_state)(tmp_path / name), tmp_path, "unpacks to far more") is REFUSED
+        assert tried("bombs", lambda: (pseudolabel.load_labels if name == "labels.npz" else files.load_state)(tmp_path / name), tmp_path, "unpacks to far more") is REFUSED
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
         tracemalloc.stop()
@@ -673,7 +678,7 @@ def test_archives_that_grow(tmp_path, name):
 @pytest.fixture(scope="module", autouse=True)
 def drawn_before():
     "matplotlib makes folders of its own when it first draws."
-    viz.png(viz.panels()[0])
+    figures.png(figures.panels()[0])
 
 
 class Right:
@@ -684,14 +689,14 @@ class Right:
 
 def written_run(home):
     "A finished run of the smallest kind, as the pipeline would have left it, but for the training."
-    config = run_settings.configure(run_settings.TINY, real="world", target="world", run=home.name, data=str(home.parents[1]))
+    config = run_settings.configure(run_settings.TINY_SETTINGS, real="world", target="world", run=home.name, data=str(home.parents[1]))
     inputs = {"real": {"fingerprint": "0" * 12, "images": 4, "identities": 2, "cameras": 2, "unreadable": 0}}
     save_json(home / "config.json", {**to_dict(config), "version": "0", "inputs": inputs})
     table = pseudolabel.PseudoLabels(np.array(["a.jpg", "b.jpg", "c.jpg", "d.jpg"]), np.array([0, 1, 0, 1]), np.array([0, 0, 1, -1]), np.array([0, 0, 1, -1]), np.array([True] * 4))
     last = ()
     for name in ("stage0", "stage1", "stage2", "stage3"):
         def make(folder):
-            stages.keep_net(build_backbone(config.net, 1), config, folder)
+            stages.save_net(build_backbone(config.net, 1), config, folder)
             save_json(folder / "ranking/scores.json", {"mAP": .5, "rank1": .75, "rank5": None})
             save_json(folder / "probe/scores.json", {"domain_probe": .9})
             if name == "stage1":
@@ -699,10 +704,10 @@ def written_run(home):
                 pseudolabel.save_labels(folder / "refined/labels.npz", table)
                 np.save(folder / "features.npy", torch.nn.functional.normalize(torch.rand(4, 6)).numpy())
         stage = Stage(name, home / name, {"seed": 0, "a": "a", **({"b": "b"} if name != "stage0" else {})}, make, last)
-        assert cached(stage)
+        assert run_stage(stage)
         last = (stage,)
         for epoch in (1, 2):
-            core.append_jsonl(home / "log.jsonl", run=name, seed=0, stage=name, epoch=epoch, id=2. / epoch, triplet=.5, iterations=3, purity=.5, nmi=.5, pair_f1=.5, outliers=.1)
+            files.append_jsonl(home / "log.jsonl", run=name, seed=0, stage=name, epoch=epoch, id=2. / epoch, triplet=.5, iterations=3, purity=.5, nmi=.5, pair_f1=.5, outliers=.1)
     save_json(home / "metrics.json", {"method": config.method, "seed": 0, "mAP": .5, "rank1": .75, "labels": None, "stages": {"stage3": {"mAP": .5}}, "unreadable": {}})
     return home
 
@@ -715,7 +720,7 @@ def run(tmp_path_factory):
 
 def looked_at(r):
     "All that is read of a run without its pictures."
-    labels, net, height, width = r.labels(), *models.open_net(r.home)
+    labels, net, height, width = r.labels(), *inference.open_net(r.home)
     return Right(stages={k: (s.done, s.key) for k, s in r.stages.items()}, path=labels.path.tolist(), label=labels.label.tolist(), clustered=r.clustered(),
                 log=r.log(), measured=r.measured(), net={k: v.clone() for k, v in net.state_dict().items()}, size=(height, width))
 
@@ -729,14 +734,14 @@ def one_by_one(home, right):
     if r is REFUSED:
         return
     for name, look in (("stages", lambda: {k: (s.done, s.key) for k, s in r.stages.items()}), ("log", r.log), ("measured", r.measured), ("about", r.about),
-                       ("card", lambda: export.card(home / "stage3/model.safetensors", models.open_net(home / "stage3")[0], 32, 16, r.config, r.config)), ("html", lambda: widgets.compared_html(r, r))):
+                       ("card", lambda: card.make_card(home / "stage3/model.safetensors", inference.open_net(home / "stage3")[0], 32, 16, r.config, r.config)), ("html", lambda: rerun.comparison_html(r, r))):
         tried("runs", look, home)
     labels = tried("runs", r.labels, home, "labels.npz", "stage1", "stage.json")
     assert labels is REFUSED or (labels.path.tolist(), labels.label.tolist()) == (right.path, right.label)
     clustered = tried("runs", r.clustered, home, "features.npy", "stage1", "stage.json")
     assert clustered is REFUSED or (clustered.shape == right.clustered.shape and np.isfinite(clustered).all())
-    tried("runs", lambda: viz.loss_curves(r.log()) and None, home, "log")
-    found = tried("runs", lambda: models.open_net(home), home, home.name)
+    tried("runs", lambda: charts.loss_curves(r.log()) and None, home, "log")
+    found = tried("runs", lambda: inference.open_net(home), home, home.name)
     if found is not REFUSED:
         assert found[1:] == right.size and all(torch.equal(v, right.net[k]) for k, v in found[0].state_dict().items())
 
@@ -901,9 +906,9 @@ def test_pages_show_names_as_names(dot, words):
     def pages(title, method, figure, caption, setting, note):
         with tempfile.TemporaryDirectory() as tmp:
             rows = [{"method": method, "seed": 0, "mAP": .5}]
-            page = tried("pages", lambda: viz.report(Path(tmp) / "report.html", title, rows, {figure: (dot, caption)}, {"real": setting, setting: [setting]}, [note]), tmp).read_text("utf-8")
+            page = tried("pages", lambda: report.report(Path(tmp) / "report.html", title, rows, {figure: (dot, caption)}, {"real": setting, setting: [setting]}, [note]), tmp).read_text("utf-8")
         failed = [{"preset": method, "seed": 0, "error": note}, {"preset": "world", "task": "world", "backbone": "", "method": "only-a", "seed": 0, "mAP": .5}]
-        return [page, tables.summary_html(failed, title), widgets.said_html({caption: .5})]
+        return [page, tables.summary_html(failed, title), widgets.numbers_html({caption: .5})]
     for said, plain in zip(pages(*words), pages(*"abcdef")):
         quiet(said, plain)
 
@@ -914,7 +919,7 @@ def test_pages_show_names_as_names(dot, words):
 def test_pictures_show_names_as_names(stage, title):
     "A dollar sign begins no formula, and what no font has is no error."
     with tempfile.TemporaryDirectory() as tmp:
-        png = tried("pages", lambda: viz.png(viz.loss_curves([{"run": stage, "epoch": 1, "id": 1.}], title=title), 20), tmp)
+        png = tried("pages", lambda: figures.png(charts.loss_curves([{"run": stage, "epoch": 1, "id": 1.}], title=title), 20), tmp)
     assert png.startswith(b"\x89PNG")
 
 
@@ -929,10 +934,10 @@ def test_report_of_a_run_with_evil_names(run, tmp_path):
     config = load_json(home / "config.json")
     save_json(home / "config.json", {**config, "real": f"folder:{crops}", "pattern": None, "target": "folder:</script><script>alert(1)</script>"})
     r = results.Results(home)
-    page = results.run_report(r, tmp_path / "report.html").read_text()
+    page = report.run_report(r, tmp_path / "report.html").read_text()
     parsed = Page(page)
     assert not parsed.bad and set(parsed.tags) <= QUIET and "&lt;img src=x" in page and "cannot be read" in page and "&lt;/script&gt;" in page
-    assert not Page(widgets.compared_html(r, r)).bad
+    assert not Page(rerun.comparison_html(r, r)).bad
     view = widgets.View()
     view.say(f"{name}.jpg cannot be read", name)
     assert not Page(view.note.value).bad
@@ -969,8 +974,8 @@ def test_names_that_are_no_text(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     save_json(tmp_path / "a.json", {"real": f"folder:{name}", name: 1})
     assert load_json(tmp_path / "a.json") == {"real": f"folder:{name}", name: 1}
-    core.append_jsonl(tmp_path / "log.jsonl", name=name)
-    assert core.load_jsonl(tmp_path / "log.jsonl") == [{"name": name}]
+    files.append_jsonl(tmp_path / "log.jsonl", name=name)
+    assert files.load_jsonl(tmp_path / "log.jsonl") == [{"name": name}]
     table = pseudolabel.PseudoLabels(np.array([name]), np.array([0]), np.array([0]), np.array([0]), np.array([True]))
     for suffix in (".npz", ".csv"):
         pseudolabel.save_labels(tmp_path / f"labels{suffix}", table)
@@ -1032,7 +1037,7 @@ MEASURE = """
 import json, sys, warnings
 from pathlib import Path
 from PIL import Image
-from domainmix.batches import read_picture, reason
+from domainmix.images import read_image, read_error_text
 import domainmix.batches
 warnings.simplefilter("ignore")
 Image.init()
@@ -1046,8 +1051,8 @@ def peak(): return int(next(l for l in open("/proc/self/status") if l.startswith
 for name in json.load(sys.stdin):
     Path("/proc/self/clear_refs").write_text("5")
     before = peak()
-    try: said = str(read_picture(name, 64, 32).shape)
-    except Exception as e: said = reason(e)
+    try: said = str(read_image(name, 64, 32).shape)
+    except Exception as e: said = read_error_text(e)
     print(json.dumps([Path(name).name, said, peak() - before, started]))
     started.clear()
 """
@@ -1058,7 +1063,7 @@ def test_strange_pictures(tmp_path):
     "Read or refused, in bounded memory, and no program is started for them."
     made = strange_pictures(tmp_path)
     done = subprocess.run([sys.executable, "-c", MEASURE], input=json.dumps([str(tmp_path / n) for n in made]), capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(batches.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])})
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(core.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])})
     assert done.returncode == 0, done.stderr[-2000:]
     said = {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
     print(*(f"{n:16}{mb:>6} MB  {what[:70]}" for n, (what, mb, _) in said.items()), sep="\n")
@@ -1076,7 +1081,7 @@ def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: (started.append(1), Image.new("RGB", (64, 128)).im)[1])
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 128\nshowpage\n%%EOF\n")
     Image.new("RGB", (2, 4)).save(tmp_path / "b.jpg")
-    fails(lambda: load_images(read_folder(tmp_path).train, 16, 8), "1 of 2", "a.jpg (no picture")
+    expect_error(lambda: load_images(read_folder(tmp_path).train, 16, 8), "1 of 2", "a.jpg (no picture")
     assert not started
 
 

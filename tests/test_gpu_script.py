@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from domainmix.core import load_json
+from domainmix.files import load_json
 from sync import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu.py"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import domainmix
-from sync import ROOT, cleaned, exported, is_clean, modules, notebooks
+from sync import ROOT, cleaned, exported, is_clean, modules, notebooks, place
 
 LONGEST_CELL = 40        # lines of an exported cell
 LARGEST_OUTPUT = 300_000  # characters of one saved output
@@ -23,7 +23,7 @@ ini = configparser.ConfigParser(delimiters=["="], interpolation=None)
 ini.read(ROOT / "settings.ini", encoding="utf-8")
 CFG = ini["DEFAULT"]
 
-each_notebook = pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
+each_notebook = pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.relative_to(ROOT / "nbs").with_suffix("").as_posix())
 
 
 def cells(path, kind="code"):
@@ -33,13 +33,13 @@ def cells(path, kind="code"):
 
 
 def floors():
-    "Module name -> number of the notebook that exports it."
+    "Module name -> place of its notebook in the reading order."
     found = {}
     for path in notebooks():
         for _, source, _ in cells(path):
             match = re.match(r"\s*#\s*\|\s*default_exp\s+([\w.]+)", source)
             if match:
-                found[match[1]] = int(path.name.split("_")[0])
+                found[match[1]] = place(path)
     return found
 
 
@@ -91,35 +91,38 @@ def test_exported_cells_are_short(path):
             assert len(lines) - 1 <= LONGEST_CELL, f"exported cell {i} has {len(lines) - 1} lines, more than {LONGEST_CELL}"
 
 
-def imports(tree):
-    "(module, names) of every import in a syntax tree, of this package's own modules by their bare name."
+def imports(tree, module):
+    "(module, names) of every import in a syntax tree; modules of this package as nbdev names them: runs.settings."
+    package = module.split(".")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for a in node.names:
-                yield a.name, []
+                yield a.name.removeprefix("domainmix."), []
         elif isinstance(node, ast.ImportFrom):
             names = [a.name for a in node.names]
-            if node.module in (None, "domainmix") and (node.level or node.module):
+            start = package[:len(package) + 1 - node.level] if node.level else []
+            target = ".".join(start + ([node.module] if node.module else [])).removeprefix("domainmix.")
+            if target in ("", "domainmix"):
                 for name in names:
-                    yield f"domainmix.{name}", []
+                    yield name, []
             else:
-                yield ("domainmix." if node.level else "") + node.module, names
+                yield target, names
 
 
 def test_imports_go_down():
-    number = floors()
-    assert number, "no notebook exports anything"
-    wrong = []
+    floor = floors()
+    assert floor, "no notebook exports anything"
+    wrong, seen = [], 0
     for name, text in modules(ROOT).items():
-        module = Path(name).stem
-        for target, names in imports(ast.parse(text)):
-            if target.startswith("domainmix.") and module in number:
-                other = target.split(".")[1]
-                if number.get(other, -1) > number[module]:
-                    wrong.append(f"{module} ({number[module]}) imports {other} ({number[other]})")
+        module = Path(name).relative_to("domainmix").with_suffix("").as_posix().replace("/", ".")
+        for target, names in imports(ast.parse(text), module):
+            if target in floor and module in floor:
+                seen += 1
+                if floor[target] > floor[module]:
+                    wrong.append(f"{module} {floor[module]} imports {target} {floor[target]}")
             if "*" in names:
                 wrong.append(f"{module} imports everything from {target}")
-    assert not wrong, "\n".join(wrong)
+    assert seen > 100 and not wrong, "\n".join(wrong)
 
 
 HEADLESS = """
@@ -155,15 +158,15 @@ def test_the_headless_check_notices(tmp_path):
 WITHOUT_NUMBA = """
 import sys, warnings, numpy as np, torch
 torch.set_num_threads(1)
-from domainmix.knn import clouds
+from domainmix.knn import toy_features
 from domainmix.pseudolabel import ClusterConfig, cluster
-from domainmix.evaluate import rank
-from domainmix.rerank import Rerank
+from domainmix.evaluation import rank
+from domainmix.jaccard import RerankConfig
 def answers():
-    x, pid, camera = clouds(40, 12, noise=1.0)
+    x, pid, camera = toy_features(40, 12, noise=1.0)
     found = cluster(x, ClusterConfig(k1=12, k2=3))
     q, g = slice(0, 80), slice(80, None)
-    scores = [rank(x[q], x[g], pid[q], pid[g], camera[q], camera[g], rerank=r) for r in (None, Rerank(8, 3))]
+    scores = [rank(x[q], x[g], pid[q], pid[g], camera[q], camera[g], rerank=r) for r in (None, RerankConfig(8, 3))]
     return [found.labels, found.labels_tight, found.labels_loose, found.r_comp, found.r_indep] + [s.average_precision for s in scores]
 if len(sys.argv) > 2: sys.modules["numba"] = None
 with warnings.catch_warnings(record=True) as said:

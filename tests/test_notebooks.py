@@ -79,7 +79,7 @@ def run(path, root=ROOT):
     return f"{path.name} failed (exit status {code}) in the cell\n\n{source}\n\n{said[-8000:]}"
 
 
-@pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.relative_to(ROOT / "nbs").with_suffix("").as_posix())
 def test_notebook(path):
     problem = run(path)
     if problem:
@@ -148,10 +148,10 @@ SAID = {  # what the pages must say where something is missing; `begun`: stage 1
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     "Folders of runs: finished, with stages 0 and 1 only, with the second of these half done, and empty."
-    from domainmix.settings import TINY, configure
-    from domainmix.pipeline import run
+    from domainmix.runs.settings import TINY_SETTINGS, configure
+    from domainmix.runs.pipeline import run
     data = tmp_path_factory.mktemp("companions")
-    run(configure(TINY, real="world", target="world", run="done", data=str(data)))
+    run(configure(TINY_SETTINGS, real="world", target="world", run="done", data=str(data)))
     home = data / "runs"
     half = shutil.copytree(home / "done", home / "half", ignore=shutil.ignore_patterns("stage2", "stage3", "metrics.json"))
     log = half / "log.jsonl"
@@ -209,8 +209,8 @@ def test_papermill_runs_a_companion(runs, tmp_path):
 
 def test_a_page_of_the_companions(runs):
     "All of them, executed on a finished run, on one page that asks for nothing."
-    from domainmix.pages import notebook_report
-    from domainmix.results import Results
+    from domainmix.views.report import notebook_report
+    from domainmix.views.results import Results
     there = sorted(p.name for p in runs.iterdir())
     page, errors = notebook_report(Results(runs / "done"))
     text = page.read_text(encoding="utf-8")

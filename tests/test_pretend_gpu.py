@@ -8,18 +8,21 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from domainmix import trainer
-from domainmix.bench import bench_features, bench_growth, bench_input, bench_ranking, bench_stage1, bench_step
-from domainmix.core import load_jsonl
-from domainmix.evaluate import rank
+from domainmix import training
+from domainmix.bench.speed import (
+    bench_features, bench_growth, bench_input, bench_ranking, bench_stage1, bench_step,
+)
+from domainmix.files import load_jsonl
+from domainmix.evaluation import rank
 from domainmix.knn import knn
-from domainmix.loop import Run
-from domainmix.models import evaluate_model
-from domainmix.neighbours import jaccard_graph
-from domainmix.pipeline import report_errors, run
-from domainmix.rerank import Rerank
-from domainmix.settings import TINY, TRAININGS, configure
-from domainmix.spcl import remember
+from domainmix.checkpoint import StageRun
+from domainmix.inference import evaluate_model
+from domainmix.jaccard import jaccard_graph
+from domainmix.pipeline import report_errors
+from domainmix.runs.pipeline import run
+from domainmix.jaccard import RerankConfig
+from domainmix.runs.settings import TINY_SETTINGS, TRAINING_SECTIONS, configure
+from domainmix.spcl import update_memory
 from pretend import gpu
 
 
@@ -41,14 +44,14 @@ def test_it_refuses_what_a_gpu_refuses():
 
 
 def test_it_counts_where_it_is_waited_for():
-    with gpu() as pretend, Run("toy", 1, 3, {}, {}, device=torch.device("cuda")) as epochs:
+    with gpu() as pretend, StageRun("toy", 1, 3, {}, {}, device=torch.device("cuda")) as epochs:
         rows, row = torch.eye(4, device="cuda"), torch.tensor([0, 0, 1], device="cuda")
         for _ in epochs:
             for step in epochs.steps(range(3)):
-                remember(rows, rows[:3], row, .2, **({} if step == 1 else {"most": 2}))     # is it told how often a row occurs?
+                update_memory(rows, rows[:3], row, .2, **({} if step == 1 else {"most": 2}))     # is it told how often a row occurs?
                 epochs.add(1, loss=rows.sum())
             epochs.end_epoch()
-    assert pretend.waits == {"spcl.py: remember": 1} and pretend.steps == 3
+    assert pretend.waits == {"spcl.py: update_memory": 1} and pretend.steps == 3
 
 
 def test_it_knows_which_calls_wait():
@@ -79,15 +82,15 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_stages_run_on_it_and_their_steps_wait_only_to_look_at_losses(case, tmp_path):
-    longer = {s: {"epochs": 1 + (s == "stage3"), "iterations": 21} for s in TRAININGS}
-    config = configure(TINY, longer, CASES[case], dict(real="world", target="world", run="tiny", data=str(tmp_path), device="cuda"))
+    longer = {s: {"epochs": 1 + (s == "stage3"), "iterations": 21} for s in TRAINING_SECTIONS}
+    config = configure(TINY_SETTINGS, longer, CASES[case], dict(real="world", target="world", run="tiny", data=str(tmp_path), device="cuda"))
     maps = []
     look = lambda m, x: maps.append(m.weight.is_contiguous(memory_format=torch.channels_last) and x[0].is_contiguous(memory_format=torch.channels_last)) if isinstance(m, torch.nn.Conv2d) else None
     with gpu(free=1000 if "host" in case else 2**36) as pretend, register_module_forward_pre_hook(look): result = run(config)
     assert len(maps) > 1000 and all(maps)     # no convolution has to turn its map
     epochs = [line["epoch"] for line in load_jsonl(tmp_path/"runs/tiny/log.jsonl")]
     assert len(epochs) >= 2 and pretend.steps == 21*len(epochs)
-    assert pretend.waits == {"loop.py: look": len(epochs)}     # at the twentieth step; at the last when the epoch is over
+    assert pretend.waits == {"checkpoint.py: look": len(epochs)}     # at the twentieth step; at the last when the epoch is over
     assert 0 < result["mAP"] < 1
 
 
@@ -95,8 +98,8 @@ def test_stages_run_on_it_and_their_steps_wait_only_to_look_at_losses(case, tmp_
 def test_the_first_losses_are_those_of_the_cpu(precision, off, tmp_path):
     logs = {}
     for device in ("cpu", "cuda"):
-        brief = {s: {"epochs": 1 + (s == "stage3"), "iterations": 2, "precision": precision} for s in TRAININGS}
-        config = configure(TINY, brief, dict(real="world", target="world", run="tiny", data=str(tmp_path/device), device=device))
+        brief = {s: {"epochs": 1 + (s == "stage3"), "iterations": 2, "precision": precision} for s in TRAINING_SECTIONS}
+        config = configure(TINY_SETTINGS, brief, dict(real="world", target="world", run="tiny", data=str(tmp_path/device), device=device))
         with gpu(capability=(8, 0)) if device == "cuda" else contextlib.nullcontext(): run(config)
         logs[device] = load_jsonl(tmp_path/device/"runs/tiny/log.jsonl")
     assert [line["stage"] for line in logs["cuda"]] == ["stage0", "stage1", "stage2", "stage3", "stage3"]
@@ -117,8 +120,8 @@ def test_neighbours_and_ranks_are_those_of_the_cpu():
 
 
 def test_a_model_is_evaluated_and_benchmarks_run_on_it(tmp_path):
-    run(configure(TINY, dict(target="world", run="tiny", method="only-a", data=str(tmp_path))))
-    how = dict(data=str(tmp_path), centre_cameras=True, rerank=Rerank(k1=5, k2=2), flip=True)
+    run(configure(TINY_SETTINGS, dict(target="world", run="tiny", method="only-a", data=str(tmp_path))))
+    how = dict(data=str(tmp_path), centre_cameras=True, rerank=RerankConfig(k1=5, k2=2), flip=True)
     quiet = dict(device="cuda", tell=lambda _: None)
     expected = evaluate_model("tiny", "world", device="cpu", **how)
     with gpu():
@@ -131,15 +134,15 @@ def test_a_model_is_evaluated_and_benchmarks_run_on_it(tmp_path):
 
 
 def test_a_full_memory_says_what_to_lower_and_what_was_finished_is_kept(tmp_path, capsys):
-    config = configure(TINY, dict(real="world", target="world", run="tiny", data=str(tmp_path), device="cuda"))
-    whole, steps = trainer.backbone_loss, []
+    config = configure(TINY_SETTINGS, dict(real="world", target="world", run="tiny", data=str(tmp_path), device="cuda"))
+    whole, steps = training.backbone_loss, []
 
     def full(*args):
         steps.append(args)
         if len(steps) > 10: raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return whole(*args)
     with gpu():
-        with patch.object(trainer, "backbone_loss", full): assert report_errors(lambda: run(config)) == 2       # in stage 2: stage 0 has six steps, stage 1 a loss of its own
+        with patch.object(training, "backbone_loss", full): assert report_errors(lambda: run(config)) == 2       # in stage 2: stage 0 has six steps, stage 1 a loss of its own
         said, home = capsys.readouterr().err, tmp_path/"runs/tiny"
         assert "memory is full" in said and "Tried to allocate 2.00 GiB" in said and "stage2.p" in said and "Traceback" not in said
         before = [(home/stage/"model.safetensors").stat().st_mtime_ns for stage in ("stage0", "stage1")]

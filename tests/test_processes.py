@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from domainmix.core import load_json, load_jsonl, load_weights, save_json
-from domainmix.loop import load_checkpoint
-from domainmix.settings import TINY, TRAININGS
+from domainmix.files import load_json, load_jsonl, load_weights, save_json
+from domainmix.checkpoint import load_checkpoint
+from domainmix.runs.settings import TINY_SETTINGS, TRAINING_SECTIONS
 from stress import family
 
 pytest.importorskip("accelerate")
@@ -20,11 +20,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def init_distributed(tmp_path_factory):
     "Start a run on `n` processes; gives the process and the run's folder."
     root = tmp_path_factory.mktemp("processes")
     def start(run, n, **more):
-        settings = {**TINY, **{f"{s}.{k}": v for s in TRAININGS for k, v in (("epochs", 4), ("iterations", 4))}, "spcl.samples_per_bn": 4, "stage2.ema": 0.9, "start": "stage0",
+        settings = {**TINY_SETTINGS, **{f"{s}.{k}": v for s in TRAINING_SECTIONS for k, v in (("epochs", 4), ("iterations", 4))}, "spcl.samples_per_bn": 4, "stage2.ema": 0.9, "start": "stage0",
                     "real": "world", "target": "world", "run": run, "data": str(root), "device": "cpu", "precision": "fp32", **more}     # bf16 makes much of the order in which numbers are added
         save_json(root/f"{run}.json", settings)
         python = [*TORCHRUN, str(n)] if n > 1 else [sys.executable]
@@ -149,18 +149,18 @@ def test_one_of_two_processes_dies_and_one_goes_on(start, alone):
 
 ASKED = """
 import os, signal, sys, torch
-from domainmix.core import ranks
-from domainmix.loop import Run
-from domainmix.parallel import start
+from domainmix.core import rank_and_size
+from domainmix.checkpoint import StageRun
+from domainmix.distributed import init_distributed
 from domainmix.pipeline import report_errors
 
 def stage():
-    start("cpu")
-    with Run("toy", 3, 45, {}, {"net": torch.nn.Linear(1, 1)}, "toy") as run:
+    init_distributed("cpu")
+    with StageRun("toy", 3, 45, {}, {"net": torch.nn.Linear(1, 1)}, "toy") as run:
         run.every = 20                                            # as on a GPU
         for epoch in run:
             for step in run.steps(range(15)):
-                if (epoch, step, ranks()[0]) == (1, 6, 1): os.kill(os.getpid(), signal.SIGTERM)
+                if (epoch, step, rank_and_size()[0]) == (1, 6, 1): os.kill(os.getpid(), signal.SIGTERM)
                 run.add(1, loss=torch.tensor(1.))
             run.end_epoch()
 code = report_errors(stage)

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from domainmix.core import load_json, load_jsonl, save_json
-from domainmix.pipeline import run
-from domainmix.runs import list_runs
-from domainmix.settings import METHODS, TINY, configure
+from domainmix.files import load_json, load_jsonl, save_json
+from domainmix.runs.pipeline import run
+from domainmix.runs.history import list_runs
+from domainmix.runs.settings import METHODS, TINY_SETTINGS, configure
 from test_cli import FIRST, LONG, after, domainmix, finished, flags, forks, lines, sets, wrong  # noqa: F401 (fixtures)
 
 
@@ -189,10 +189,10 @@ def test_without_tensorboard_a_run_does_not_begin(monkeypatch, tmp_path, capsys)
 
 @pytest.mark.skipif(not hasattr(time, "tzset"), reason="a process cannot move abroad here")
 def test_a_run_goes_on_where_the_clock_was_set_back_in_another_time_zone(tmp_path, monkeypatch):
-    config = {name: configure(TINY, dict(target="world", method="only-a", run="tiny", data=str(tmp_path/name))) for name in ("still", "moved")}
+    config = {name: configure(TINY_SETTINGS, dict(target="world", method="only-a", run="tiny", data=str(tmp_path/name))) for name in ("still", "moved")}
     home = tmp_path/"moved/runs/tiny"
     with monkeypatch.context() as m:
-        m.setattr("domainmix.plan.stage2", lambda *_: signal.raise_signal(signal.SIGINT))
+        m.setattr("domainmix.runs.pipeline.stage2", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt): run(config["moved"])
     before = (home/"stage0/model.safetensors").stat().st_mtime_ns
     with monkeypatch.context() as m:

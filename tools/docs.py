@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import HTMLExporter
 
-from domainmix.pages import mathml
+from domainmix.views.report import mathml
 from sync import ROOT, notebooks
 
 OUT = ROOT / "_docs"

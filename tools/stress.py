@@ -14,16 +14,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from domainmix.core import load_json, load_jsonl, save_json
-from domainmix.settings import TINY, TRAININGS
+from domainmix.files import load_json, load_jsonl, save_json
+from domainmix.runs.settings import TINY_SETTINGS, TRAINING_SECTIONS
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
 
 def start(root, name, processes):
     "The run `name`, as a process."
-    long = {f"{s}.{k}": v for s in TRAININGS for k, v in (("epochs", 6), ("iterations", 6))}
-    save_json(root/f"{name}.json", {**TINY, **long, "real": "world", "target": "world", "run": name, "data": str(root), "device": "cpu"})
+    long = {f"{s}.{k}": v for s in TRAINING_SECTIONS for k, v in (("epochs", 6), ("iterations", 6))}
+    save_json(root/f"{name}.json", {**TINY_SETTINGS, **long, "real": "world", "target": "world", "run": name, "data": str(root), "device": "cpu"})
     several = [*TORCHRUN, str(processes)] if processes > 1 else []
     return subprocess.Popen([sys.executable, *several, "-m", "domainmix.pipeline", "--config", str(root/f"{name}.json")], cwd=root, text=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)

@@ -13,9 +13,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+FOLDERS = {"baselines": "45", "runs": "55", "views": "65", "bench": "66"}  # where each folder of nbs/ stands in the order
+
+
+def place(path):
+    "Where a notebook stands in the reading order: a notebook imports only modules of earlier ones."
+    folder = path.parent.name if path.parent.name in FOLDERS else ""
+    return (FOLDERS.get(folder, path.stem[:2]), path.stem)
+
+
 def notebooks(root=ROOT):
     "Every notebook of the project, in reading order."
-    return sorted((root / "nbs").glob("*.ipynb"))
+    found = [p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
+    return sorted(found, key=lambda p: ("99",) if p.stem == "index" else place(p))
 
 
 def modules(root):
@@ -33,7 +43,9 @@ def exported(root=ROOT):
             (copy / name).mkdir()
         shutil.copy(root / "domainmix" / "__init__.py", copy / "domainmix")
         for nb in notebooks(root):
-            shutil.copy(nb, copy / "nbs")
+            beside = copy / nb.relative_to(root)
+            beside.parent.mkdir(exist_ok=True)
+            shutil.copy(nb, beside)
         env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
         command = [sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"]
         done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -77,6 +89,7 @@ def sync(root=ROOT):
     wanted = exported(root)
     changes |= {root / name: text for name, text in wanted.items()}
     for path, text in changes.items():
+        path.parent.mkdir(exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
             print("wrote", path.relative_to(root))
