@@ -4,6 +4,7 @@
 # make test-browser   the companion notebooks in a real Chromium, which must be there already
 # make stress a small run, killed fifty times at random moments (ARGS="--processes 2": on two processes)
 # make docs   the notebooks as a website, in _docs/
+# make notebooks   run all notebooks and save their outputs (ARGS="26_losses runs/": these only)
 # make sync   notebooks -> package, and notebooks cleaned for git
 # make clean  caches and build leftovers (the data, the runs and .venv stay)
 #
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.domainmix-installed
 ARGS ?=
 JUNIT ?=
 
-.PHONY: help demo test test-browser stress lab docs sync clean
+.PHONY: help demo test test-browser stress lab docs notebooks sync clean
 .DEFAULT_GOAL := help
 
 help:
@@ -55,6 +56,9 @@ stress: $(STAMP)
 
 docs: $(STAMP)
 	@$(BIN)/python tools/docs.py
+
+notebooks: $(STAMP)
+	@$(BIN)/python tools/run_notebooks.py $(ARGS)
 
 sync: $(STAMP)
 	@$(BIN)/python tools/sync.py
