@@ -107,7 +107,7 @@ def test_every_image_is_there(site, pages):
                 broken.append(f"{page.relative_to(site)}: {address[:100]}")
     assert not broken, "\n".join(broken)
     for path in notebooks():
-        cells = [c for c in nbformat.read(path, as_version=4).cells if not re.match(r"\s*#\s*\|\s*hide\b", c.source)]
+        cells = [c for c in nbformat.read(path, as_version=4).cells if "hide" not in docs.directives(c.source)]
         outputs = [o for c in cells for o in c.get("outputs", [])]
         images = sum(any(k.startswith("image/") for k in o.get("data", {})) for o in outputs)
         shown = page_of(site, path).read_text(encoding="utf-8").count("<img ")

@@ -6,6 +6,7 @@ folder with the layout of the repository, so that links between files hold. Noth
 import configparser
 import html
 import importlib
+import itertools
 import os
 import re
 import shutil
@@ -79,6 +80,12 @@ def indent_lists(text):
     return "\n".join(lines)
 
 
+def directives(source):
+    "The words after `#|` in the first lines of a cell."
+    first = itertools.takewhile(lambda line: not line.strip() or re.match(r"\s*#\s*\|", line), source.splitlines())
+    return {word for line in first for word in re.findall(r"\|\s*(\w+)", line)[:1]}
+
+
 class Source:
     "The folder that MkDocs builds the site from, while it is put together."
 
@@ -134,13 +141,14 @@ class Source:
     def notebook_cells(self, path, cells):
         "The cells that are shown, without their directives. Before each exported cell comes a place to link to."
         for cell in cells:
-            if re.match(r"\s*#\s*\|\s*(hide|default_exp)\b", cell.source) or not cell.source.strip():
+            found = directives(cell.source)
+            if found & {"export", "exports", "exporti"}:
+                yield nbformat.v4.new_markdown_cell(f'<div id="cell-{cell.id}"></div>')
+            if found & {"hide", "default_exp"} or not cell.source.strip():
                 continue
             if cell.cell_type == "markdown":
                 cell.source = self.markdown(cell.source, path)
             else:
-                if re.match(r"\s*#\s*\|\s*export", cell.source):
-                    yield nbformat.v4.new_markdown_cell(f'<div id="cell-{cell.id}"></div>')
                 cell.source = re.sub(r"(?m)^\s*#\s*\|.*\n?", "", cell.source)
             yield cell
 
