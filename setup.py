@@ -55,7 +55,9 @@ setup(
         "cpu": words("cpu_requirements"),
         "gpu": words("gpu_requirements"),
         "notebooks": words("notebooks_requirements"),
-        "dev": words("dev_requirements") + words("notebooks_requirements") + words("fast_requirements") + words("onnx_requirements")
+        # To build the website.
+        "docs": words("docs_requirements"),
+        "dev": words("dev_requirements") + words("docs_requirements") + words("notebooks_requirements") + words("fast_requirements") + words("onnx_requirements")
         + words("tensorboard_requirements") + words("scale_requirements"),
     },
     entry_points={"console_scripts": words("console_scripts")},

@@ -245,17 +245,6 @@ def test_papermill_lists_the_parameters_of_a_companion(caplog):
     assert not caplog.records, caplog.text
 
 
-def test_the_documentation_needs_no_network(tmp_path):
-    import docs
-    assert docs.mathml("`$x$` and $x^2$").startswith("`$x$` and <math")
-    for name in ("22_losses", "95_tables"):
-        title, subtitle, body = docs.convert_notebook(ROOT / "nbs" / f"{name}.ipynb")
-        page = docs.page(title, body)
-        assert subtitle and "<h1" in page and not re.search(r"<(script|link)|src=\"(?!data:)|url\(", page), name
-        assert not re.search(r"\]\(\w+\.ipynb", page) and ".ipynb" not in "".join(re.findall(r'href="[^"]*"', page))
-        assert name != "22_losses" or page.count("<math") > 5
-
-
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_a_slurm_job_is_put_back_while_it_gets_on(tmp_path):
     "srun and scontrol are stand-ins: a job that was stopped is put back, one that fails in the same place is not."
