@@ -13,11 +13,16 @@ import numpy as np
 import pytest
 
 import domainmix
+import style
 from sync import ROOT, cleaned, exported, is_clean, modules, notebooks, place
 
-LONGEST_CELL = 40        # lines of an exported cell
-LARGEST_OUTPUT = 300_000  # characters of one saved output
-LARGEST_NOTEBOOK = 1_200_000
+LONGEST_CELL = 25                # lines of an exported cell
+LONGEST_MODULE = 420             # lines that are neither blank nor a marker of the export
+LONG_MODULES = {"world"}         # how to draw a person is one thing, and takes more
+LARGEST_OUTPUT = 400_000         # characters of one saved output
+LARGEST_NOTEBOOK = 1_000_000     # bytes
+LARGEST_SUM = 12_000_000         # bytes of all notebooks together
+SHARED_NAMES = {"main"}          # every command has one
 
 ini = configparser.ConfigParser(delimiters=["="], interpolation=None)
 ini.read(ROOT / "settings.ini", encoding="utf-8")
@@ -84,11 +89,85 @@ def test_notebook_opens_with_a_title_and_why(path):
 
 
 @each_notebook
-def test_exported_cells_are_short(path):
-    for i, source, _ in cells(path):
-        lines = [line for line in source.splitlines() if line.strip()]
-        if lines and re.match(r"\s*#\s*\|\s*exports?i?\b", source):
-            assert len(lines) - 1 <= LONGEST_CELL, f"exported cell {i} has {len(lines) - 1} lines, more than {LONGEST_CELL}"
+def test_cells_are_short_and_narrow(path):
+    found = style.measure(path)
+    assert max(found.cell_lines, default=0) <= LONGEST_CELL, f"a defining cell has {max(found.cell_lines)} lines"
+    assert not found.long_lines, f"lines of over {style.COLUMNS} columns:\n" + "\n".join(found.long_lines)
+
+
+@each_notebook
+def test_a_component_notebook_shows_what_it_explains(path):
+    found = style.measure(path)
+    if found.component:
+        assert found.pictures, "no saved picture: draw what it explains and run `make notebooks`"
+
+
+@each_notebook
+def test_saved_outputs_are_the_same_everywhere(path):
+    "No address of an object, no folder of one machine, no time of day, no speed."
+    changing = re.compile(r"\b0x[0-9a-f]{6,}|/tmp/|\b\d\d:\d\d:\d\d\b|\bit/s\b|images/s\b|\b\d[\d.]* seconds\b")
+    for i, _, outputs in cells(path):
+        for o in outputs:
+            texts = [o.get("text", ""), *(v for k, v in o.get("data", {}).items() if k.startswith("text/"))]
+            said = "\n".join("".join(t) for t in texts)
+            assert not changing.search(said), f"cell {i} has saved {changing.search(said)[0]!r}"
+
+
+def test_the_style_of_all_notebooks_together():
+    "The figures that `python tools/style.py` prints."
+    found = style.summary([style.measure(p) for p in notebooks()])
+    assert found["median lines of a defining cell"] <= 10, found
+    assert found["cells with two or more definitions, %"] < 5, found
+    assert found["size of all notebooks, MB"] * 1e6 < LARGEST_SUM, found
+
+
+def test_style_counts(tmp_path, monkeypatch):
+    "By hand: two functions and a long line in one cell, a picture in another."
+    monkeypatch.setattr(style, "ROOT", tmp_path)
+    code = lambda source, *outputs: {"cell_type": "code", "source": source.splitlines(keepends=True), "outputs": list(outputs)}
+    picture = {"output_type": "display_data", "data": {"image/png": ""}}
+    wide = "x = 1  # " + "." * style.COLUMNS
+    nb = {"cells": [code("#| default_exp a"), code(f"#| export\ndef f(): return 1\n\ndef g(): return 2\n{wide}"), code("f()", picture)]}
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs" / "00_a.ipynb").write_text(json.dumps(nb))
+    found = style.measure(tmp_path / "nbs" / "00_a.ipynb")
+    assert (found.name, found.component, found.cell_lines, found.definitions) == ("00_a", True, [3], [2])
+    assert (found.lines, found.long_lines, found.pictures, found.cells_with_output) == (4, [wide], 1, 1)
+
+
+def test_modules_are_short():
+    for name, text in modules(ROOT).items():
+        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("# %%")]
+        if Path(name).stem not in {"_modidx", *LONG_MODULES}:
+            assert len(lines) <= LONGEST_MODULE, f"{name} has {len(lines)} lines"
+
+
+def test_no_name_stands_in_two_modules():
+    where = {}
+    for name, text in modules(ROOT).items():
+        for node in ast.parse(text).body if Path(name).stem not in ("_modidx", "__init__") else []:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                where.setdefault(node.name, []).append(name)
+            elif isinstance(node, ast.Assign):
+                for target in node.targets:
+                    if isinstance(target, ast.Name) and target.id != "__all__":
+                        where.setdefault(target.id, []).append(name)
+    twice = {name: files for name, files in where.items() if len(set(files)) > 1 and name not in SHARED_NAMES}
+    assert len(where) > 500 and not twice, twice
+
+
+def test_links_between_notebooks_and_texts_lead_somewhere():
+    "Every relative link in a notebook or a text; tests/test_docs.py follows them to their place on the page."
+    texts = {p: "\n".join(source for _, source, _ in cells(p, "markdown")) for p in notebooks()}
+    texts |= {ROOT / n: (ROOT / n).read_text(encoding="utf-8") for n in tracked() if n.endswith(".md")}
+    broken, followed = [], 0
+    for path, text in texts.items():
+        for link in re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", re.sub(r"`[^`\n]*`|\$[^$]*\$", "", text)):
+            if not re.match(r"[a-z]+:", link):
+                followed += 1
+                if not (path.parent / link).exists():
+                    broken.append(f"{path.relative_to(ROOT)}: {link}")
+    assert followed > 50 and not broken, "\n".join(broken)
 
 
 def imports(tree, module):

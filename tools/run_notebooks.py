@@ -60,7 +60,7 @@ def saved_outputs(outputs):
     return kept
 
 
-def run(path, timeout=900):
+def run(path, timeout=None):
     "Run one notebook and write it back with its outputs; an error in a cell is raised and nothing is written."
     nb = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
     flags = skipped_flags()
