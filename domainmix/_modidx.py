@@ -506,6 +506,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                  'domainmix.files.Log.__init__': ('files.html#log.__init__', 'domainmix/files.py'),
                                  'domainmix.files.Terminated': ('files.html#terminated', 'domainmix/files.py'),
                                  'domainmix.files._lock_file': ('files.html#_lock_file', 'domainmix/files.py'),
+                                 'domainmix.files._locked_error': ('files.html#_locked_error', 'domainmix/files.py'),
                                  'domainmix.files._on_sigterm': ('files.html#_on_sigterm', 'domainmix/files.py'),
                                  'domainmix.files._read_lock_owner': ('files.html#_read_lock_owner', 'domainmix/files.py'),
                                  'domainmix.files.append_jsonl': ('files.html#append_jsonl', 'domainmix/files.py'),
