@@ -39,7 +39,7 @@ def report_errors(call: Callable[[], Any] # what the user asked for
         with warnings.catch_warnings(), raise_on_sigterm():
             warnings.showwarning = lambda message, *_: say(f"warning: {message}", own=False)
             call()
-    except DomainMixError as e: say(f"error: {e}", not getattr(e, "shared", False)); return 2
+    except DomainMixError as e: say(f"error: {e}", not getattr(e, "on_all_ranks", False)); return 2
     except BrokenPipeError:  # whoever read the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 141
     except OSError as e:
