@@ -16,7 +16,7 @@ from .core import DomainMixError
 
 # %% ../nbs/20_osnet.ipynb #61d11c5e
 class InstanceNorm(nn.InstanceNorm2d):
-    "Each channel of each picture by its own mean and variance, in the layout that the map has."
+    "Normalises each channel of each image by itself; the result has the memory layout of the input."
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         return y.contiguous(memory_format=torch.channels_last) if x.stride(1) == 1 and x.shape[1] > 1 else y
@@ -31,7 +31,7 @@ class ConvNorm(nn.Module):
         kernel: int = 1,        # rows and columns
         stride: int = 1,        # of rows and columns
         linear: bool = False,   # no ReLU
-        instance: bool = False, # normalise each picture by itself
+        instance: bool = False, # normalise each image by itself
     ):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
@@ -44,7 +44,7 @@ class ConvNorm(nn.Module):
 
 # %% ../nbs/20_osnet.ipynb #11253d9f
 class LightConv(nn.Module):
-    "A 3 x 3 convolution in two: across the channels, then around each pixel."
+    "A 3 x 3 convolution in two steps: across the channels, then around each pixel."
     def __init__(
         self,
         c_in: int,    # channels of the input
@@ -61,7 +61,7 @@ class LightConv(nn.Module):
 # %% ../nbs/20_osnet.ipynb #206a7d49
 def stream(
     channels: int,   # of input and output
-    t: int,          # light convolutions; the stream sees 2t + 1 pixels across
+    t: int,          # light convolutions; the receptive field is 2t + 1 pixels wide
 ) -> nn.Module:
     "One scale of the block."
     if t == 1:
@@ -74,7 +74,7 @@ class Gate(nn.Module):
     def __init__(
         self,
         channels: int,         # of the map
-        reduction: int = 16,   # the hidden layer has that part of the channels
+        reduction: int = 16,   # the hidden layer has 1 / reduction of the channels
     ):
         super().__init__()
         self.fc1 = nn.Conv2d(channels, max(1, channels // reduction), 1)
@@ -86,7 +86,7 @@ class Gate(nn.Module):
 
 # %% ../nbs/20_osnet.ipynb #51034a63
 class OSBlock(nn.Module):
-    "A residual block of four scales under one gate."
+    "A residual block of four scales that share one gate."
     def __init__(
         self,
         c_in: int,               # channels of the input
@@ -116,7 +116,8 @@ def osnet_body(
     "OSNet without its pool, its fully connected layer and its classifier."
     c = [int(width * n) for n in (64, 256, 384, 512)]
     if width < 0.25:
-        raise DomainMixError(f"OSNet's width is {width}", "give at least 0.25, where the first streams have 16 channels; 1 is the paper's")
+        remedy = "give at least 0.25, where the first streams have 16 channels; 1 is the width of the paper"
+        raise DomainMixError(f"OSNet's width is {width}", remedy)
 
     def stage(c_in: int, c_out: int, instance: bool = False) -> list[nn.Module]:
         return [OSBlock(c_in, c_out, instance), OSBlock(c_out, c_out, instance)]

@@ -40,7 +40,7 @@ def concat_splits(parts: list[Split]) -> Split:
     if len(parts) == 1: return parts[0]
     numbered = lambda column: concat_with_offset([torch.from_numpy(getattr(p.records, column)) for p in parts]).numpy()
     records = Records(np.concatenate([p.records.files() for p in parts]), numbered("pid"), numbered("camera"))
-    return Split(ImageStack.of(*(p.images for p in parts)), records, sum(p.bad for p in parts), fingerprint([p.key for p in parts]))
+    return Split(ImageStack.concat(*(p.images for p in parts)), records, sum(p.bad for p in parts), fingerprint([p.key for p in parts]))
 
 # %% ../../nbs/runs/01_inputs.ipynb #3ca18616
 @dataclass

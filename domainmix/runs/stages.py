@@ -173,7 +173,7 @@ def mixed_train_set(config: RunConfig, inputs: Inputs,
     label = choose_labels(m.labels, table, b.pids())
     if not m.synthetic: return train_set(b.images, b.records, 0, label)
     each = (inputs.source == d for d in np.unique(inputs.source))
-    real = [train_set(ImageStack.of(b.images).rows(rows), b.records[rows], d, relabel(label[rows])) for d, rows in enumerate(each, 1)]
+    real = [train_set(ImageStack.concat(b.images).select_images(rows), b.records[rows], d, relabel(label[rows])) for d, rows in enumerate(each, 1)]
     return union(train_set(a.images, a.records), *real)
 
 # %% ../../nbs/runs/03_stages.ipynb #3cb0f97b
