@@ -24,12 +24,12 @@ from ..baselines.labellers import LABELLERS
 from ..baselines.mmt import MMTConfig
 from ..baselines.clustering import PlainConfig
 
-# %% ../../nbs/runs/00_settings.ipynb #2277fc73
+# %% ../../nbs/runs/00_settings.ipynb #2c4dbed2
 @dataclass
 class InputConfig:
     "What a run reads, its name and seed, and where and how it is computed."
     synthetic: str = "world"  # A, labelled and synthetic: world, randperson:DIR, folder:DIR with a pattern, ...
-    real: str | tuple[str, ...] | None = None  # B, real: folder:DIR, market1501:DIR, ..., world; several: a domain each
+    real: str | tuple[str, ...] | None = None  # B, real, labels unused: folder:DIR, msmt17:DIR, world, ..., or several
     target: str | None = None     # C, unseen, to test on: market1501:DIR, msmt17:DIR, ..., or world; may be left out
     run: str = "run"              # name of the run; its folder is DATA/runs/RUN
     method: str = "domainmix-db"  # only-a, directmix-initial, directmix, control, domainmix-kl, labelled, ...

@@ -150,8 +150,8 @@ def run_methods(
     keep_going: bool = False,                 # a row that fails gets an `error`, and the others are done
 ) -> list[dict]:
     "Do every method with every seed; gives the rows that table.json holds."
-    configs, home, rows = _row_configs(base, methods, seeds), run_folder(base), []
     init_distributed(base.device)
+    configs, home, rows = _row_configs(base, methods, seeds), run_folder(base), []
     inputs = read_inputs(configs[-1])
     record = config_record(inherit_settings(base), inputs, methods=list(methods), seeds=list(seeds))
     with locked(home):
