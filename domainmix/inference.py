@@ -35,7 +35,7 @@ def find_net(model: str | Path,       # a .safetensors file, a stage's folder, a
         if os.path.isfile(path/"config.json"):
             config, about = load_config(path/"config.json")
             if "methods" in about: raise DomainMixError(f"{path} is a table of many runs", f"name one of its stages, such as {path}/seed0/stage2-refined")
-            last = METHODS[check_choice(config.method, METHODS, f"method in {path/'config.json'}")].last
+            last = METHODS[check_choice(config.method, METHODS, f"method in {path/'config.json'}")].last_stage
             if not (path/last/"model.safetensors").is_file():
                 raise DomainMixError(f"the run in {path} has not finished its {last}", "run it to its end, or name the folder of a stage")
             return path/last/"model.safetensors"

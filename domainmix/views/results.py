@@ -239,7 +239,7 @@ def _plan_stage3(self: Results, method: str) -> tuple[RunConfig, Inputs, Stage]:
     a, b, m = self._role("synthetic"), self._role("real"), METHODS[method]
     if not m.loss: raise DomainMixError(f"a run of {method} has no stage 3", "look at one of domainmix-db, domainmix-kl or control")
     config = validate_config(with_overrides(self.config, {"method": method, "seed": self.seed, "stage3.loss": m.loss}))
-    inputs = Inputs(a.synthetic, b.real, source=b.source)
+    inputs = Inputs(a.synthetic, b.real, real_domain=b.real_domain)
     planned = plan_stages(config, inputs, self.store, shared="methods" in self.more)[-1]
     if self.stage(planned.name).key != planned.key:
         raise DomainMixError(f"{planned.name} of {self.home.name} is not what its config.json describes", "run it on with --update, and look again")
@@ -255,8 +255,8 @@ def _probe_epochs(self: Results,
     file = self.store/"views"/f"{stage.name}-epochs-{fingerprint(stage.key, config.feature, config.flip, N_PROBE)[:12]}.json"
     if file.is_file(): return load_json(file)
     if not again: raise DomainMixError(f"{stage.name} of {self.home.name} has not been probed epoch by epoch", "Results.probe_epochs runs it again, once; that takes as long as it took")
-    second = stage.after[0]
-    labels = second.after[-1].folder if METHODS[config.method].labels in ("initial", "refined") else None
+    second = stage.depends_on[0]
+    labels = second.depends_on[-1].folder if METHODS[config.method].labels in ("initial", "refined") else None
     work = file.with_suffix("")
     try: work.mkdir(parents=True, exist_ok=True)
     except OSError:                             # a folder that is read-only is still looked at
