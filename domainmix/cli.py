@@ -35,7 +35,7 @@ from domainmix.runs.tables import (
     summary_text, run_methods, table_text, check_datasets_exist,
 )
 from .runs.history import compare, compare_text, list_runs, LiveTensorBoard, runs_text, write_tensorboard
-from .inference import embed, evaluate_model, ensure_suffix, tune
+from .inference import embed_to_file, evaluate_model, ensure_suffix, tune
 from .deploy import embed_onnx, export
 from .views.results import Results
 from .views.report import notebook_report, run_report, write_report
@@ -286,7 +286,7 @@ def embed_by_onnx(args: EmbedCommand) -> np.ndarray:
 # %% ../nbs/80_cli.ipynb #832c4936
 def do_embed(args: EmbedCommand) -> None:
     if not args.model and not args.onnx: raise DomainMixError("no network is given", "give --model, or --onnx with an exported one")
-    features = embed_by_onnx(args) if args.onnx else embed(args.model, args.images, args.out, architecture(args), **common_options(args))
+    features = embed_by_onnx(args) if args.onnx else embed_to_file(args.model, args.images, args.out, architecture(args), **common_options(args))
     out = ensure_suffix(args.out, ".npy")
     print(f"{out}: {features.shape[0]:,} features of {features.shape[1]} numbers\n{out.with_suffix('.csv')}: their images")
 
