@@ -243,7 +243,7 @@ def test_rerun_stage(browser, lab):
     lr = control(page, "lambda_m").locator("input")
     lr.fill("3")
     lr.press("Enter")
-    page.page.get_by_role("button", name="Run on", exact=True).click()
+    page.page.get_by_role("button", name="Resume", exact=True).click()
     page.page.get_by_text("stage3.lambda_m").first.wait_for()
     page.shot()
     page.close()

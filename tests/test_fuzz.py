@@ -721,8 +721,8 @@ def run(tmp_path_factory):
 def looked_at(r):
     "All that is read of a run without its pictures."
     labels, net, height, width = r.labels(), *inference.open_net(r.home)
-    return Right(stages={k: (s.done, s.key) for k, s in r.stages.items()}, path=labels.path.tolist(), label=labels.label.tolist(), clustered=r.clustered(),
-                log=r.log(), measured=r.measured(), net={k: v.clone() for k, v in net.state_dict().items()}, size=(height, width))
+    return Right(stages={k: (s.is_finished, s.key) for k, s in r.stages.items()}, path=labels.path.tolist(), label=labels.label.tolist(), clustered=r.clustering_features(),
+                log=r.log(), measured=r.network_scores(), net={k: v.clone() for k, v in net.state_dict().items()}, size=(height, width))
 
 
 PIECES = ["config.json", "log.jsonl", "metrics.json", "stage1/stage.json", "stage1/labels.npz", "stage1/refined/labels.npz", "stage1/features.npy", "stage3/model.safetensors", "stage3/ranking/scores.json", "stage3/stage.json"]
@@ -733,12 +733,12 @@ def one_by_one(home, right):
     r = tried("runs", lambda: results.Results(home), home, home.name)
     if r is REFUSED:
         return
-    for name, look in (("stages", lambda: {k: (s.done, s.key) for k, s in r.stages.items()}), ("log", r.log), ("measured", r.measured), ("about", r.about),
+    for name, look in (("stages", lambda: {k: (s.is_finished, s.key) for k, s in r.stages.items()}), ("log", r.log), ("network_scores", r.network_scores), ("status_line", r.status_line),
                        ("card", lambda: card.make_card(home / "stage3/model.safetensors", inference.open_net(home / "stage3")[0], 32, 16, r.config, r.config)), ("html", lambda: rerun.comparison_html(r, r))):
         tried("runs", look, home)
     labels = tried("runs", r.labels, home, "labels.npz", "stage1", "stage.json")
     assert labels is REFUSED or (labels.path.tolist(), labels.label.tolist()) == (right.path, right.label)
-    clustered = tried("runs", r.clustered, home, "features.npy", "stage1", "stage.json")
+    clustered = tried("runs", r.clustering_features, home, "features.npy", "stage1", "stage.json")
     assert clustered is REFUSED or (clustered.shape == right.clustered.shape and np.isfinite(clustered).all())
     tried("runs", lambda: charts.loss_curves(r.log()) and None, home, "log")
     found = tried("runs", lambda: inference.open_net(home), home, home.name)
@@ -939,7 +939,7 @@ def test_report_of_a_run_with_evil_names(run, tmp_path):
     assert not parsed.bad and set(parsed.tags) <= QUIET and "&lt;img src=x" in page and "cannot be read" in page and "&lt;/script&gt;" in page
     assert not Page(rerun.comparison_html(r, r)).bad
     view = widgets.View()
-    view.say(f"{name}.jpg cannot be read", name)
+    view.show_problem(f"{name}.jpg cannot be read", name)
     assert not Page(view.note.value).bad
 
 

@@ -13,43 +13,70 @@ import torch
 from torch import Tensor
 
 from ..core import DomainMixError, generator
-from .figures import _get_axes, colours, style_axes, TEXT_COLOUR, escape_text, MARKERS, panels, BACKGROUND, LINE_COLOUR
-from .sheets import _fixed_size_figure, _annotate_sheet, check_images, mosaic
+from domainmix.views.figures import (
+    BACKGROUND, LINE_COLOUR, MARKERS, TEXT_COLOUR, _get_axes, colours, escape_text, panels, style_axes,
+)
+from .sheets import _annotate_sheet, _fixed_size_figure, check_images, mosaic
+
+# %% ../../nbs/views/02_maps.ipynb #e8f3251c
+def _umap(features: np.ndarray) -> np.ndarray:  # (N, D) -> (N, 2)
+    "UMAP on cosine distances, if umap-learn is installed."
+    try: from umap import UMAP
+    except ImportError:
+        raise DomainMixError("UMAP is not installed", "pip install umap-learn, or use method='pca'") from None
+    return UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(features)
+
+# %% ../../nbs/views/02_maps.ipynb #bfe4b606
+def _pca(features: np.ndarray) -> np.ndarray:  # (N, D) -> (N, 2)
+    "The two directions of largest variance."
+    from sklearn.decomposition import PCA
+    return PCA(2, random_state=0).fit_transform(features)
 
 # %% ../../nbs/views/02_maps.ipynb #31545ff2
-def project_2d(*features,          # each (N, D), of the same width
-            method: str = "pca" # or 'umap', if umap-learn is installed
-           ) -> list[np.ndarray]: # each (N, 2)
-    "Two dimensions fitted to all the features together, so that pictures can be laid side by side."
+def project_2d(
+    *features,              # each (N, D), with the same D
+    method: str = "pca",    # or 'umap', if umap-learn is installed
+) -> list[np.ndarray]:      # each (N, 2)
+    "Two dimensions, fitted to all the features together."
     parts = [np.asarray(f, np.float32).reshape(len(f), -1) for f in features]
     if len({p.shape[1] for p in parts}) > 1:
-        raise DomainMixError(f"features of widths {[p.shape[1] for p in parts]} share no axes", "compare networks of one width, or draw two figures")
-    every = np.concatenate(parts)
-    if method == "umap":
-        try: from umap import UMAP
-        except ImportError: raise DomainMixError("UMAP is not installed", "pip install umap-learn, or take method='pca'") from None
-        flat = UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(every)
-    elif method == "pca":
-        from sklearn.decomposition import PCA
-        flat = PCA(2, random_state=0).fit_transform(every)
-    else: raise DomainMixError(f"unknown projection {method!r}", "take 'pca' or 'umap'")
+        raise DomainMixError(f"features of lengths {[p.shape[1] for p in parts]} cannot share axes",
+                             "compare networks with features of one length, or make two figures")
+    methods = {"pca": _pca, "umap": _umap}
+    if method not in methods: raise DomainMixError(f"unknown projection {method!r}", "use 'pca' or 'umap'")
+    flat = methods[method](np.concatenate(parts))
     return np.split(flat, np.cumsum([len(p) for p in parts])[:-1])
 
 # %% ../../nbs/views/02_maps.ipynb #2f36d057
-def _scatter_groups(ax, flat, group, names, size):
-    "Points in random order, coloured and, where groups are few, shaped by group; returns the colours."
-    shade, few = colours(names), len(names) <= len(MARKERS)
+def _scatter_groups(
+    ax,
+    flat: np.ndarray,   # (N, 2)
+    group: np.ndarray,  # (N,)
+    names: list,        # the groups
+    size: float,        # of a point
+) -> list[str]:
+    "Draw points in random order in the colour of their group, with markers if groups are few; return the colours."
+    shades, few = colours(names), len(names) <= len(MARKERS)
     number = np.array([names.index(g) for g in group.tolist()])
-    layers = np.array_split(torch.randperm(len(flat), generator=generator(0, "embedding")).numpy(), 6)
-    for layer in layers if few else [np.concatenate(layers)]:
-        for i in range(len(names)) if few else [slice(None)]:      # one shape a scatter
-            part = layer[number[layer] == i] if few else layer
-            ax.scatter(*flat[part].T, s=size, c=[shade[k] for k in number[part]], marker=MARKERS[i] if few else "o", alpha=.65, linewidth=0, zorder=2)
-    return shade
+    order = torch.randperm(len(flat), generator=generator(0, "embedding")).numpy()
+    style = dict(s=size, alpha=.65, linewidth=0, zorder=2)
+    if not few:
+        ax.scatter(*flat[order].T, c=[shades[k] for k in number[order]], marker="o", **style)
+        return shades
+    for layer in np.array_split(order, 6):           # one call of scatter draws one marker only
+        for i, shade in enumerate(shades):
+            part = layer[number[layer] == i]
+            ax.scatter(*flat[part].T, c=[shade] * len(part), marker=MARKERS[i], **style)
+    return shades
 
 # %% ../../nbs/views/02_maps.ipynb #e728c47b
-def _outline(ax, points, colour, name):
-    "The ellipse that holds about two thirds of a round group, and the group's name."
+def _outline(
+    ax,
+    points: np.ndarray,  # (n, 2), of one group
+    colour: str,
+    name: str,
+):
+    "Draw the ellipse that contains about two thirds of a round group, and the name of the group."
     from matplotlib.patches import Ellipse
     from matplotlib.patheffects import withStroke
     if len(points) < 3: return
@@ -57,65 +84,134 @@ def _outline(ax, points, colour, name):
     width, height = 3 * np.sqrt(variance.clip(0))
     angle = np.degrees(np.arctan2(axes[1, 0], axes[0, 0]))
     for line, c in [(4, BACKGROUND), (2, colour)]:
-        ax.add_patch(Ellipse(points.mean(0), width, height, angle=angle, fill=False, edgecolor=c, linewidth=line, zorder=4))
-    ax.text(*points.mean(0), escape_text(name), fontsize=9, fontweight="bold", color=TEXT_COLOUR, ha="center", va="center", zorder=5, path_effects=[withStroke(linewidth=3, foreground=BACKGROUND)])
+        style = dict(fill=False, edgecolor=c, linewidth=line, zorder=4)
+        ax.add_patch(Ellipse(points.mean(0), width, height, angle=angle, **style))
+    ax.text(*points.mean(0), escape_text(name), fontsize=9, fontweight="bold", color=TEXT_COLOUR,
+            ha="center", va="center", zorder=5, path_effects=[withStroke(linewidth=3, foreground=BACKGROUND)])
+
+# %% ../../nbs/views/02_maps.ipynb #0d054c99
+def _style_map(ax, title, limits):
+    "The style of a map: a frame, no ticks, and the same scale on both axes."
+    if limits:
+        ax.set_xlim(limits[0])
+        ax.set_ylim(limits[1])
+    style_axes(ax, title, grid="")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_aspect("equal", adjustable="datalim" if limits is None else "box")
+    for spine in ax.spines.values():
+        spine.set_visible(True)
+        spine.set_color(LINE_COLOUR)
 
 # %% ../../nbs/views/02_maps.ipynb #b51efc78
-def embedding_plot(features,                      # (N, D), or (N, 2) already projected
-              group,                         # (N,) what colours a point: domain, identity, camera or cluster
-              title: str = "", method: str = "pca", size: float = 9, # of a point
-              limits: tuple | None = None,   # ((x0, x1), (y0, y1)), to share between figures
-              ax=None):
+def embedding_plot(
+    features,                     # (N, D), or (N, 2) if already projected
+    group,                        # (N,) what colours a point: domain, identity, camera or cluster
+    title: str = "",
+    method: str = "pca",
+    size: float = 9,              # of a point
+    limits: tuple | None = None,  # ((x0, x1), (y0, y1)), to share between figures
+    ax=None,
+):
     "Features in two dimensions, coloured by group."
     features, group = np.asarray(features), np.asarray(group)
-    if len(features) != len(group): raise DomainMixError(f"{len(features)} features, but {len(group)} groups", "give one group a feature")
+    if len(features) != len(group):
+        raise DomainMixError(f"there are {len(features)} features, but {len(group)} groups",
+                             "give one group per feature")
     figure, ax = _get_axes(ax, 4.2, 3.6)
     flat = features if features.shape[1] == 2 else project_2d(features, method=method)[0]
     names = list(dict.fromkeys(sorted(group.tolist())))
-    for name, colour in zip(names, _scatter_groups(ax, flat, group, names, size)):
-        if len(names) <= len(MARKERS): _outline(ax, flat[group == name], colour, str(name))
-    if limits: ax.set_xlim(limits[0]); ax.set_ylim(limits[1])
-    style_axes(ax, title, grid="")
-    ax.set_xticks([]); ax.set_yticks([]); ax.set_aspect("equal", adjustable="datalim" if limits is None else "box")
-    for spine in ax.spines.values(): spine.set_visible(True); spine.set_color(LINE_COLOUR)
+    shades = _scatter_groups(ax, flat, group, names, size)
+    if len(names) <= len(MARKERS):
+        for name, shade in zip(names, shades): _outline(ax, flat[group == name], shade, str(name))
+    _style_map(ax, title, limits)
     return figure
 
-# %% ../../nbs/views/02_maps.ipynb #427996ca
-def embedding_plots(features: dict[str, Any], # title -> (N, D): before and after, or one a stage
-               group,                    # (N,) as in `embedding_plot`; or one such array for each
-               method: str = "pca", title: str = ""):
-    "The same images by several networks, on common axes."
-    flat = project_2d(*features.values(), method=method)
-    every = np.concatenate(flat); low, high = every.min(0), every.max(0)
+# %% ../../nbs/views/02_maps.ipynb #c2ca825e
+def _common_limits(flat: list[np.ndarray]) -> tuple[tuple, float]:
+    "The limits of x and y that all maps share, and the height of a map relative to its width."
+    points = np.concatenate(flat)
+    low, high = points.min(0), points.max(0)
     limits = tuple((a - .04 * (b - a), b + .04 * (b - a)) for a, b in zip(low, high))
-    shape = np.clip((high - low)[1] / (high - low)[0], .5, 1.2)
-    figure, axes = panels(1, len(flat), width=3.5 * len(flat), height=3.4 * shape + .4 + .3 * bool(title), squeeze=False)
-    groups = group if isinstance(group, (list, tuple)) and len(group) == len(flat) and np.ndim(group[0]) else [group] * len(flat)
-    for ax, name, points, g in zip(axes[0], features, flat, groups): embedding_plot(points, g, name, limits=limits, ax=ax)
-    if title: figure.suptitle(escape_text(title), x=.01, ha="left", fontsize=11, fontweight="bold", color=TEXT_COLOUR)
+    return limits, np.clip((high - low)[1] / (high - low)[0], .5, 1.2)
+
+# %% ../../nbs/views/02_maps.ipynb #427996ca
+def embedding_plots(
+    features: dict[str, Any],  # title -> (N, D): before and after, or one per stage
+    group,                     # (N,) as in `embedding_plot`, or one such array for each map
+    method: str = "pca",
+    title: str = "",
+):
+    "The features of several networks on common axes."
+    flat = project_2d(*features.values(), method=method)
+    limits, shape = _common_limits(flat)
+    height = 3.4 * shape + .4 + .3 * bool(title)
+    figure, axes = panels(1, len(flat), width=3.5 * len(flat), height=height, squeeze=False)
+    one_each = isinstance(group, (list, tuple)) and len(group) == len(flat) and np.ndim(group[0])
+    groups = group if one_each else [group] * len(flat)
+    for ax, name, points, g in zip(axes[0], features, flat, groups):
+        embedding_plot(points, g, name, limits=limits, ax=ax)
+    if title:
+        figure.suptitle(escape_text(title), x=.01, ha="left", fontsize=11, fontweight="bold", color=TEXT_COLOUR)
+    return figure
+
+# %% ../../nbs/views/02_maps.ipynb #ab4c8670
+def _without_overlap(
+    spot: np.ndarray,  # (N, 2) the upper left corners, pixels
+    box: np.ndarray,   # (2,) the size of a thumbnail with its margin, pixels
+) -> list[int]:
+    "Thumbnails in random order, without those that overlap an earlier one."
+    keep = []
+    for i in torch.randperm(len(spot), generator=generator(0, "picture_map")).tolist():
+        if not keep or (np.abs(spot[keep] - spot[i]) >= box).any(1).all(): keep.append(i)
+    return keep
+
+# %% ../../nbs/views/02_maps.ipynb #a7f8ea50
+def _paste(
+    images: Tensor,    # uint8 (n, 3, H, W)
+    spot: np.ndarray,  # (n, 2) upper left corners, pixels
+    width: int,        # pixels, of the map
+    height: int,       # pixels, of a thumbnail
+):
+    "A canvas (H, W, 3) with thumbnails at the given places, the corners of the thumbnails, and their size."
+    canvas = np.full((round(width * .6), width, 3), 255, np.uint8)
+    n = len(images)
+    thumbnails, _, size = mosaic(images, np.arange(n), np.zeros(n, int), height, gap=0)     # one below the other
+    corners = spot.round().astype(int) + 2
+    for k, (x, y) in enumerate(corners):
+        canvas[y:y + height, x:x + size[0]] = thumbnails[k * height:(k + 1) * height]
+    return canvas, corners, size
+
+# %% ../../nbs/views/02_maps.ipynb #cd2fcd25
+def _draw_thumbnails(ax, canvas, corners, size, marks, title):
+    "Show the canvas of a thumbnail map with its frames, title and legend."
+    above, below = 28 if title else 4, 24 if any(marks) else 4
+    if ax is None: figure, ax = _fixed_size_figure(canvas.shape[1], canvas.shape[0], 4, above, below)
+    else: figure = ax.get_figure(root=True)
+    ax.imshow(canvas, interpolation="none")
+    ax.set_axis_off()
+    _annotate_sheet(ax, canvas, corners, size, np.zeros(len(marks), int), marks, None, None, title)
     return figure
 
 # %% ../../nbs/views/02_maps.ipynb #27dcb756
-def thumbnail_map(images: Tensor, features,  # uint8 (N, 3, H, W); (N, D), or (N, 2) already projected
-                marks: Sequence[str] | None = None, # (N,) 'A', 'B', 'right', ... or ''
-                width: int = 760, height: int = 44, # pixels: of the map, of a thumbnail
-                title: str = "", method: str = "pca", ax=None):
-    "Thumbnails where their features lie."
+def thumbnail_map(
+    images: Tensor,                      # uint8 (N, 3, H, W)
+    features,                            # (N, D), or (N, 2) if already projected
+    marks: Sequence[str] | None = None,  # (N,) frames: 'A', 'B', 'right', ... or ''
+    width: int = 760,                    # pixels, of the map
+    height: int = 44,                    # pixels, of a thumbnail
+    title: str = "",
+    method: str = "pca",
+    ax=None,
+):
+    "Thumbnails at the places of their features."
     features = np.asarray(features)
     images = check_images(images, len(features))
     flat = features if features.shape[1] == 2 else project_2d(features, method=method)[0]
-    flat = (flat - flat.min(0)) / np.ptp(flat, 0).clip(1e-9)
-    small, _, size = mosaic(images[:1], [0], [0], height)
-    box, taken, keep = np.array(size) + 5, [], []
+    flat = (flat - flat.min(0)) / np.ptp(flat, 0).clip(1e-9)                      # 0 to 1
+    box = np.array(mosaic(images[:1], [0], [0], height)[2]) + 5
     spot = (flat * [1, -1] + [0, 1]) * (np.array([width, round(width * .6)]) - box)
-    for i in torch.randperm(len(flat), generator=generator(0, "picture_map")).tolist():
-        if not taken or (np.abs(np.array(taken) - spot[i]) >= box).any(1).all(): taken.append(spot[i]); keep.append(i)
-    canvas = np.full((round(width * .6), width, 3), 255, np.uint8)
-    thumbs, _, _ = mosaic(images[keep], np.arange(len(keep)), np.zeros(len(keep), int), height, gap=0)
-    corners = np.array(taken).round().astype(int) + 2
-    for k, (x, y) in enumerate(corners): canvas[y:y + height, x:x + size[0]] = thumbs[k * height:(k + 1) * height]
+    keep = _without_overlap(spot, box)
+    canvas, corners, size = _paste(images[keep], spot[keep], width, height)
     marks = [marks[i] for i in keep] if marks is not None else [""] * len(keep)
-    figure, ax = _fixed_size_figure(width, canvas.shape[0], 4, 28 if title else 4, 24 if any(marks) else 4) if ax is None else (ax.get_figure(root=True), ax)
-    ax.imshow(canvas, interpolation="none"); ax.set_axis_off()
-    _annotate_sheet(ax, canvas, corners, size, np.zeros(len(keep), int), marks, None, None, title)
-    return figure
+    return _draw_thumbnails(ax, canvas, corners, size, marks, title)
