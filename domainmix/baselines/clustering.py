@@ -215,7 +215,7 @@ def run_cluster_epoch(
         update_labels(labels, mean_direction(features), mix.camera, mix.config)
     loader = start_cluster_epoch(learners, labels.label.cpu(), features, mix, seed, stage, epoch)
     apart = feature_distance(features)
-    run.own(apart=apart, **parts_of_epoch(learners))
+    run.keep_for_epoch(apart=apart, **parts_of_epoch(learners))
     epoch_function(learners, loader, epoch, lr, mix.config, run)
     run.end_epoch(lr=lr[-1], **epoch_label_log(labels, truth), **apart)
 

@@ -44,7 +44,7 @@ def concat_splits(parts: list[Split]) -> Split:
     for name in ("pid", "camera"):
         columns[name] = concat_with_offset([torch.from_numpy(getattr(p.records, name)) for p in parts]).numpy()
     records = Records(np.concatenate([p.records.files() for p in parts]), columns["pid"], columns["camera"])
-    images = ImageStack.of(*(p.images for p in parts))
+    images = ImageStack.concat(*(p.images for p in parts))
     return Split(images, records, sum(p.n_unreadable for p in parts), fingerprint([p.key for p in parts]))
 
 # %% ../../nbs/runs/01_inputs.ipynb #3ca18616

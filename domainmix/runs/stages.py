@@ -223,7 +223,7 @@ def mixed_train_set(
     sets = [train_set(a.images, a.records)]
     for domain, value in enumerate(np.unique(inputs.real_domain), 1):
         rows = inputs.real_domain == value
-        images = ImageStack.of(b.images).rows(rows)
+        images = ImageStack.concat(b.images).select_images(rows)
         sets.append(train_set(images, b.records[rows], domain, relabel(label[rows])))
     return union(*sets)
 
