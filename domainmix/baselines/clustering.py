@@ -153,7 +153,7 @@ def train_on_clusters(
             if not run.done: update_labels(labels, mean_direction(seen), mix.camera, config)      # else the epoch was left in the middle
             feed = start_cluster_epoch(learners, labels.label.cpu(), seen, mix, seed, stage, epoch)
             apart = SavedNumbers(apart=1 - (seen[0] * seen[1]).sum(1).mean().item()) if len(seen) > 1 else SavedNumbers()
-            run.own(apart=apart, **parts_of_epoch(learners))
+            run.keep_for_epoch(apart=apart, **parts_of_epoch(learners))
             lesson(learners, feed, epoch, lr[epoch], config, run)
             run.end_epoch(lr=lr[epoch, -1], **epoch_label_log(labels, truth), **apart)
     features = mean_direction(see(config.label_feature))
