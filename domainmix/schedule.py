@@ -65,7 +65,7 @@ class TrainConfig:
     smoothing: float = 0.                # label smoothing of the identity loss
     temperature: float = 1.              # of the identity loss
     margin: float | None = None          # of the triplet loss; None: its soft form
-    init_classifier: Literal["random", "pseudo", "means"] = "random"  # which rows start as mean features: none, pseudo, all
+    init_classifier: Literal["random", "pseudo", "means"] = "random"  # rows set to mean features: none, pseudo, all
     ema: float = 0.                      # decay of a moving average of the weights, which is then the result; 0: off
     samples_per_bn: int | None = None    # images that batch norm normalises together; None: the batch of all processes
     compile: bool = False                # use torch.compile: a minute at the start, then faster steps on a GPU
