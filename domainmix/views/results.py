@@ -276,7 +276,7 @@ def attention(net: torch.nn.Module,  # a `ReIDNet`
     with torch.no_grad(): seen = net.eval().body(normalise(images).contiguous(memory_format=torch.channels_last))
     if isinstance(seen, tuple): seen = seen[0]
     maps = (seen.map if isinstance(seen, PartMaps) else seen).square().mean(1).sqrt()
-    if isinstance(seen, PartMaps): maps = maps * (seen.shares() * net.weights[:, :, None]).sum(1)    # a small part's few places speak as loud as a large one's many
+    if isinstance(seen, PartMaps): maps = maps * (seen.location_weights() * net.weights[:, :, None]).sum(1)    # a small part's few places speak as loud as a large one's many
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return ((maps - low) / (high - low).clamp(min=1e-9)).numpy()
 
