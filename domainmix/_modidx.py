@@ -216,6 +216,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                   'domainmix.bodies.ResidualBlock.forward': ('bodies.html#residualblock.forward', 'domainmix/bodies.py'),
                                   'domainmix.bodies._add_input_channels': ('bodies.html#_add_input_channels', 'domainmix/bodies.py'),
                                   'domainmix.bodies._build_body': ('bodies.html#_build_body', 'domainmix/bodies.py'),
+                                  'domainmix.bodies._check_body_config': ('bodies.html#_check_body_config', 'domainmix/bodies.py'),
                                   'domainmix.bodies._first_line': ('bodies.html#_first_line', 'domainmix/bodies.py'),
                                   'domainmix.bodies._init_weights': ('bodies.html#_init_weights', 'domainmix/bodies.py'),
                                   'domainmix.bodies._timm_model': ('bodies.html#_timm_model', 'domainmix/bodies.py'),
