@@ -53,14 +53,14 @@ class PartMaps(NamedTuple):
     map: Tensor      # (B, C, h, w)
     parts: Tensor    # (B, P, H, W), 0 to 1
 
-    def shares(self) -> Tensor:
+    def location_weights(self) -> Tensor:
         "How much each place of the map counts for a part: (B, P, h, w), together at most 1."
         parts = F.adaptive_avg_pool2d(self.parts, self.map.shape[2:])
         return parts / (parts.sum((2, 3), keepdim=True) + PART_EPS * parts.shape[2] * parts.shape[3])
 
     def averages(self) -> Tensor:
         "Of each part: (B, P, C)."
-        return torch.einsum("bchw,bphw->bpc", self.map.float(), self.shares())
+        return torch.einsum("bchw,bphw->bpc", self.map.float(), self.location_weights())
 
 # %% ../nbs/24_backbone.ipynb #09c1a03e
 class MultiViewBody(nn.Module):
@@ -69,12 +69,12 @@ class MultiViewBody(nn.Module):
         self,
         bodies: dict[str, nn.Module],    # whole, person, or both: (B, 3, H, W), or with parts (B, 10, H, W) -> (B, C, h, w)
         parser: Parser,                  # fixed
-        told: bool = False,              # of the parts
+        uses_parts: bool = False,        # the bodies get the parts as more input channels
     ):
         super().__init__()
-        self.bodies, self.parser, self.told = nn.ModuleDict(bodies), parser, told
+        self.bodies, self.parser, self.uses_parts = nn.ModuleDict(bodies), parser, uses_parts
 
-    def shown(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def body_inputs(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         "(B, 3, H, W) -> what each body sees: images (B, 3, H, W) and parts (B, 7, H, W)."
         with torch.no_grad():
             parts = self.parser(x)
@@ -88,11 +88,11 @@ class MultiViewBody(nn.Module):
         "(B, 3, H, W) -> of each view its map, with the parts if the bodies are told of them."
         last = x.is_contiguous(memory_format=torch.channels_last)
         maps = []
-        for name, (image, parts) in self.shown(x).items():
-            if self.told:
+        for name, (image, parts) in self.body_inputs(x).items():
+            if self.uses_parts:
                 image = torch.cat([image, PART_SCALE * parts], 1)
             seen = self.bodies[name](image.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format))
-            maps.append(PartMaps(seen, parts[:, :len(FEATURE_PARTS)]) if self.told else seen)
+            maps.append(PartMaps(seen, parts[:, :len(FEATURE_PARTS)]) if self.uses_parts else seen)
         return tuple(maps)
 
 # %% ../nbs/24_backbone.ipynb #54392af9
