@@ -288,7 +288,8 @@ def label_quality(
     "How well labels agree with identities."
     label, pid = np.asarray(label), np.asarray(pid)
     if label.shape != pid.shape or label.ndim != 1:
-        raise DomainMixError(f"labels of shape {label.shape}, identities of shape {pid.shape}", "give shape (N,) for both")
+        raise DomainMixError(f"labels of shape {label.shape}, identities of shape {pid.shape}",
+                             "give shape (N,) for both")
     if not (pid >= 0).any():
         raise DomainMixError(f"none of {len(pid)} identities is known", "leave the quality of labels out")
     label, pid = label[pid >= 0], pid[pid >= 0]
@@ -340,7 +341,8 @@ class PseudoLabels:
         for name, kind in kinds.items(): setattr(self, name, np.asarray(getattr(self, name)).astype(kind).reshape(-1))
         lengths = {name: len(getattr(self, name)) for name in kinds}
         if len(set(lengths.values())) > 1:
-            raise DomainMixError(f"columns of different length: {lengths}", "give one value for each image in every column")
+            raise DomainMixError(f"columns of different length: {lengths}",
+                                 "give one value for each image in every column")
 
     def __len__(self): return len(self.path)
 
@@ -350,8 +352,10 @@ class PseudoLabels:
         return len(np.unique(self.label[self.label >= 0]))
 
     def __str__(self):
-        used, before = (self.label >= 0).sum(), len(np.unique(self.before[self.before >= 0]))
-        return f"{self.n_classes} labels on {used} of {len(self)} images (before refinement {before} on {(self.before >= 0).sum()})"
+        used, used_before = (self.label >= 0).sum(), (self.before >= 0).sum()
+        before = len(np.unique(self.before[self.before >= 0]))
+        return (f"{self.n_classes} labels on {used} of {len(self)} images "
+                f"(before refinement {before} on {used_before})")
 
 # %% ../nbs/33_pseudolabel.ipynb #60f56834
 def pseudo_labels(

@@ -8,6 +8,7 @@ __all__ = ['SpCLConfig', 'memory_scores', 'occurrence_index', 'update_memory', '
            'draw_union_batches', 'UnionBatches', 'init_memory', 'epoch_label_log', 'train_epoch', 'adapt_key', 'adapt']
 
 # %% ../nbs/34_spcl.ipynb #fd9c4364
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -245,6 +246,23 @@ def draw_union_batches(
         if union_batches.synthetic is not None: index = [union_batches.sampler.sample(sample_rng), *index]
         yield index, augmentation_numbers(sum(map(len, index)), augment_rng)
 
+# %% ../nbs/34_spcl.ipynb #6ab4d153
+def _load_union_batch(
+    union_batches: "UnionBatches",
+    index: list[Tensor],  # the indices in each set of images
+    numbers: Tensor,      # the random numbers of the augmentation
+) -> tuple[Tensor, Tensor, int]:
+    "This process' part of a batch: images, memory rows, and how often the most frequent row of the batch occurs."
+    config, device, synthetic = union_batches.config, union_batches.device, union_batches.synthetic
+    rows = [union_batches.n_synthetic + index[-1]]
+    if synthetic is not None: rows = [synthetic.label[index[0]], *rows]
+    max_occurrences = int(occurrence_index(torch.cat(rows))[1].max()) + 1
+    numbers = process_rows(numbers, len(index))
+    index, rows = [process_rows(i) for i in index], [process_rows(r) for r in rows]
+    image = torch.cat([fetch_batch(x, i, device) for x, i in zip(union_batches.images, index)])
+    image = augment(image, config.augment, numbers).contiguous(memory_format=memory_layout(config.channels_last))
+    return image, torch.cat(rows).to(device, non_blocking=True), max_occurrences
+
 # %% ../nbs/34_spcl.ipynb #3793f196
 class UnionBatches:
     "Batches of synthetic and real images, and the memory rows of the images."
@@ -265,23 +283,11 @@ class UnionBatches:
             self.n_synthetic = synthetic.n_classes
             self.sampler = PKSampler(synthetic.label, synthetic.camera, p=config.p, k=config.k)
 
-    def load(self, index: list[Tensor], numbers: Tensor) -> tuple[Tensor, Tensor, int]:
-        "This process' part of a batch: images, memory rows, and how often the most frequent row of the batch occurs."
-        rows = [self.n_synthetic + index[-1]]
-        if self.synthetic is not None: rows = [self.synthetic.label[index[0]], *rows]
-        max_occurrences = int(occurrence_index(torch.cat(rows))[1].max()) + 1
-        numbers = process_rows(numbers, len(index))
-        index, rows = [process_rows(i) for i in index], [process_rows(r) for r in rows]
-        image = torch.cat([fetch_batch(x, i, self.device) for x, i in zip(self.images, index)])
-        image = augment(image, self.config.augment, numbers)
-        image = image.contiguous(memory_format=memory_layout(self.config.channels_last))
-        return image, torch.cat(rows).to(self.device, non_blocking=True), max_occurrences
-
     def batches(self, label: np.ndarray, sample_rng: torch.Generator, augment_rng: torch.Generator, done: int = 0):
-        "Endless results of `load` after `done` batches; `label` (N,) are the clusters of the real images."
+        "Endless (images, memory rows, most occurrences of a row) after `done` batches; `label` (N,): real clusters."
         streamed = any(x.device.type != self.device.type for x in self.images)
         draws = draw_union_batches(self, label, sample_rng, augment_rng)
-        return load_batches(draws, self.load, done, streamed=streamed)
+        return load_batches(draws, functools.partial(_load_union_batch, self), done, streamed=streamed)
 
     def domain_losses(self, losses: Tensor) -> dict[str, Tensor]:
         "The mean loss of each domain, from the losses (B,) of a batch."
