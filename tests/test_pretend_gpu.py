@@ -48,7 +48,7 @@ def test_it_counts_where_it_is_waited_for():
         rows, row = torch.eye(4, device="cuda"), torch.tensor([0, 0, 1], device="cuda")
         for _ in epochs:
             for step in epochs.steps(range(3)):
-                update_memory(rows, rows[:3], row, .2, **({} if step == 1 else {"most": 2}))     # is it told how often a row occurs?
+                update_memory(rows, rows[:3], row, .2, **({} if step == 1 else {"max_occurrences": 2}))     # is it told how often a row occurs?
                 epochs.add(1, loss=rows.sum())
             epochs.end_epoch()
     assert pretend.waits == {"spcl.py: update_memory": 1} and pretend.steps == 3
