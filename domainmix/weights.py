@@ -39,6 +39,14 @@ def _first_differences(have: dict[str, Tensor], want: dict[str, Tensor], limit: 
     return "; ".join(lines) + (f"; and {left} more" if left else "")
 
 # %% ../nbs/23_weights.ipynb #155f824b
+def _check_fits(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    "Refuse a `state` whose names or shapes differ from those of `net`, with the first differences."
+    differences = _first_differences(state, net.state_dict())
+    if differences:
+        said = f"{source} does not fit the network: {differences}"
+        raise DomainMixError(said, "give the BackboneConfig it was trained with, or another file")
+
+# %% ../nbs/23_weights.ipynb #ab136729
 def _load_checked(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
     "Load all of `state`, if it fits."
     _check_fits(net, state, source)
@@ -47,14 +55,6 @@ def _load_checked(net: nn.Module, state: dict[str, Tensor], source: str) -> None
     except RuntimeError as e:   # tensors of another kind, such as sparse ones
         said = f"{source} does not fit the network: {_first_line(e)}"
         raise DomainMixError(said, "give a file of plain tensors") from e
-
-# %% ../nbs/23_weights.ipynb #ab136729
-def _check_fits(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    "Refuse a `state` whose names or shapes differ from those of `net`, with the first differences."
-    differences = _first_differences(state, net.state_dict())
-    if differences:
-        said = f"{source} does not fit the network: {differences}"
-        raise DomainMixError(said, "give the BackboneConfig it was trained with, or another file")
 
 # %% ../nbs/23_weights.ipynb #74cd2277
 OSNET_FILES = {
