@@ -124,7 +124,8 @@ def read_folder(
         if special:
             warnings.warn(f"{printable(home)} looks like {special[0]}. It is read as a plain folder, without labels, "
                           "and with its test images.")
-        found = dict(train=Records(paths, [-1] * len(paths), [-1] * len(paths), str(home)))
+        unknown = np.full(len(paths), -1)
+        found = dict(train=Records(paths, unknown, unknown, str(home)))
     else:
         found = read_pattern(home, paths, pattern)
     for split in check_splits(need or ()):
