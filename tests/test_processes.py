@@ -20,7 +20,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.fixture(scope="module")
-def init_distributed(tmp_path_factory):
+def start(tmp_path_factory):
     "Start a run on `n` processes; gives the process and the run's folder."
     root = tmp_path_factory.mktemp("processes")
     def start(run, n, **more):
