@@ -27,6 +27,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                     'domainmix.backbone._build_views': ('backbone.html#_build_views', 'domainmix/backbone.py'),
                                     'domainmix.backbone._check_images': ('backbone.html#_check_images', 'domainmix/backbone.py'),
                                     'domainmix.backbone._list_bodies': ('backbone.html#_list_bodies', 'domainmix/backbone.py'),
+                                    'domainmix.backbone._load_body': ('backbone.html#_load_body', 'domainmix/backbone.py'),
                                     'domainmix.backbone._make_neck': ('backbone.html#_make_neck', 'domainmix/backbone.py'),
                                     'domainmix.backbone._unit_feature': ('backbone.html#_unit_feature', 'domainmix/backbone.py'),
                                     'domainmix.backbone.build_backbone': ('backbone.html#build_backbone', 'domainmix/backbone.py'),

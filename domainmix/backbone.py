@@ -21,16 +21,18 @@ from .world import BODY_PARTS
 from .body_parts import cut_out, load_parser, Parser
 from .norms import to_domain_bn
 from .bodies import _build_body, _add_input_channels, BackboneConfig
-from .weights import _pad_input_channels, _fetch, _check_fits, _load_checked, _read_tensors, _timm_weights, CLASSIFIER_PREFIXES
+from domainmix.weights import (
+    _check_fits, _fetch, _load_checked, _pad_input_channels, _read_tensors, _timm_weights, CLASSIFIER_PREFIXES,
+)
 
 # %% ../nbs/24_backbone.ipynb #f7088489
 class Metric(nn.Module):
-    "Features less a mean, and shrunk in some directions."
+    "Subtracts a mean from features, and shrinks them in some directions."
     def __init__(
         self,
         mean: Tensor,      # (D,)
         axes: Tensor,      # (D, k), orthonormal columns
-        shrink: Tensor,    # (k,) what is taken from each: 0 nothing, 1 all of it
+        shrink: Tensor,    # (k,) the share taken from each: 0 nothing, 1 all of it
     ):
         super().__init__()
         for name, value in (("mean", mean), ("axes", axes), ("shrink", shrink)):
@@ -42,24 +44,24 @@ class Metric(nn.Module):
         return F.normalize(x - (x @ self.axes * self.shrink) @ self.axes.T)
 
 # %% ../nbs/24_backbone.ipynb #4b09316c
-PART_EPS = .02   # share of the map below which a part fades
-PART_SCALE = 2.     # how large a part is in the input, so that it weighs as much as a colour
-FEATURE_PARTS = BODY_PARTS[:-1]        # all but the bag, the last
-PART_WEIGHTS = tuple(float(name != "head") for name in FEATURE_PARTS)   # what each weighs in a feature that is compared
+PART_EPS = .02   # share of the map; a part smaller than this gives a small average
+PART_SCALE = 2.  # scale of the part maps in the input, so that a part weighs as much as a colour
+FEATURE_PARTS = BODY_PARTS[:-1]   # all but the bag, the last
+PART_WEIGHTS = tuple(float(name != "head") for name in FEATURE_PARTS)   # of each part in a feature that is compared
 
 # %% ../nbs/24_backbone.ipynb #ec5ae476
 class PartMaps(NamedTuple):
-    "What a body makes of images, and where in these the parts of the people are."
+    "The feature maps of a body, and where the body parts are in its images."
     map: Tensor      # (B, C, h, w)
     parts: Tensor    # (B, P, H, W), 0 to 1
 
     def location_weights(self) -> Tensor:
-        "How much each place of the map counts for a part: (B, P, h, w), together at most 1."
+        "The weight of each place of the map in the average of a part: (B, P, h, w), at most 1 in all."
         parts = F.adaptive_avg_pool2d(self.parts, self.map.shape[2:])
         return parts / (parts.sum((2, 3), keepdim=True) + PART_EPS * parts.shape[2] * parts.shape[3])
 
     def averages(self) -> Tensor:
-        "Of each part: (B, P, C)."
+        "The average over each part: (B, P, C)."
         return torch.einsum("bchw,bphw->bpc", self.map.float(), self.location_weights())
 
 # %% ../nbs/24_backbone.ipynb #878b6057
@@ -78,7 +80,7 @@ class MultiViewBody(nn.Module):
     "A body for each view of the images, and a parser that finds the people in them."
     def __init__(
         self,
-        bodies: dict[str, nn.Module],    # whole, person, or both: (B, 3, H, W), or with parts (B, 10, H, W) -> (B, C, h, w)
+        bodies: dict[str, nn.Module],    # whole, person or both: (B, 3 or, with parts, 10, H, W) -> (B, C, h, w)
         parser: Parser,                  # fixed
         uses_parts: bool = False,        # the bodies get the parts as more input channels
     ):
@@ -179,7 +181,7 @@ def n_parameters(
 
 # %% ../nbs/24_backbone.ipynb #e5677ed5
 def _build_views(config: BackboneConfig, seed: int) -> tuple[nn.Module, int]:
-    "The body, or two, of what `config.view` and `config.parts` ask for, and the channels of one."
+    "The body, or the two bodies, for `config.view` and `config.parts`, and the channels of one."
     if config.view not in ("whole", "person", "both"):
         raise DomainMixError(f"view is {config.view!r}", "use whole, person or both")
     names = ("whole", "person") if config.view == "both" else (config.view,)
@@ -187,7 +189,8 @@ def _build_views(config: BackboneConfig, seed: int) -> tuple[nn.Module, int]:
     if config.view == "whole" and not config.parts:
         return bodies[0], channels[0]
     if config.parts:
-        for body in bodies: _add_input_channels(body, len(BODY_PARTS))
+        for body in bodies:
+            _add_input_channels(body, len(BODY_PARTS))
     return MultiViewBody(dict(zip(names, bodies)), load_parser(), config.parts), channels[0]
 
 # %% ../nbs/24_backbone.ipynb #3ec351b0
@@ -225,13 +228,14 @@ def _add_metrics(net: ReIDNet, state: dict[str, Tensor]) -> ReIDNet:
 # %% ../nbs/24_backbone.ipynb #03b3fae0
 def load_backbone(
     config: BackboneConfig,      # of the network that was saved
-    state: dict[str, Tensor],    # its state dict, of any kind of BN
+    state: dict[str, Tensor],    # its state dict, with any kind of BN
 ) -> ReIDNet:
     "The network of `config` with the weights `state`; domain-specific BN where the state has it."
     domains = len({k.split(".domains.")[1].split(".")[0] for k in state if ".domains." in k})
     if domains > MAX_DOMAINS:
-        raise DomainMixError(f"the state dict has the BN of {domains:,} domains", f"a network of this kit has at most {MAX_DOMAINS}: give one")
-    if config.name == "small":   # its width is what a file's header says: no memory before the sizes agree
+        said = f"the state dict has the BN of {domains:,} domains"
+        raise DomainMixError(said, f"give one with at most {MAX_DOMAINS}")
+    if config.name == "small":   # its width comes from a file's header: compare sizes before memory is allocated
         with torch.device("meta"):
             _check_fits(_add_metrics(_build_empty(config, domains), state), state, "the state dict")
     net = _add_metrics(_build_empty(config, domains), state)
@@ -244,22 +248,31 @@ def _list_bodies(net: ReIDNet) -> list[nn.Module]:
     return list(net.body.bodies.values()) if isinstance(net.body, MultiViewBody) else [net.body]
 
 # %% ../nbs/24_backbone.ipynb #cf2a9c1b
+def _load_body(body: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
+    "Load the weights of a published network into a body; the names of its last layers, which are dropped."
+    ours = body.state_dict()
+    dropped = [k for k in state if k.startswith(CLASSIFIER_PREFIXES) and k not in ours]
+    kept = {k: _pad_input_channels(v, ours.get(k)) for k, v in state.items() if k not in dropped}
+    _load_checked(body, kept, source)
+    return dropped
+
+# %% ../nbs/24_backbone.ipynb #24634dcc
 def load_published(
     net: ReIDNet,             # filled in place
     config: BackboneConfig,   # its `weights`: imagenet or a path
 ) -> list[str]:               # the tensors of the file that were dropped
-    "Start a network from a file: of an ImageNet classifier, or of a whole person network."
+    "Load weights from a file: of an ImageNet classifier, or of a whole re-ID network."
     if config.weights == "imagenet" and config.name.startswith("timm:"):
         source, state = config.name, _timm_weights(config.name.removeprefix("timm:"))
     else:
         source = _fetch(config.name) if config.weights == "imagenet" else Path(config.weights)
         state = _read_tensors(source)
         if any(k.startswith("body.") for k in state):
-            _load_checked(net, {k: v for k, v in state.items() if not k.startswith("metric.")}, str(source))    # training would leave it behind
+            without_metric = {k: v for k, v in state.items() if not k.startswith("metric.")}  # training makes it invalid
+            _load_checked(net, without_metric, str(source))
             return []
     for body in _list_bodies(net):
-        ours = body.state_dict()
-        dropped = [k for k in state if k.startswith(CLASSIFIER_PREFIXES) and k not in ours]
-        _load_checked(body, {k: _pad_input_channels(v, ours.get(k)) for k, v in state.items() if k not in dropped}, str(source))
-    print(f"{os.path.basename(source)}: loaded{', without its last layers ' + ', '.join(dropped) if dropped else ''}")
+        dropped = _load_body(body, state, str(source))
+    without = f", without its last layers {', '.join(dropped)}" if dropped else ""
+    print(f"{os.path.basename(source)}: loaded{without}")
     return dropped
