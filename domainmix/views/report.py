@@ -29,10 +29,9 @@ from ..files import load_json, load_jsonl, write_atomic
 from ..images import load_images
 from ..runs.inputs import open_dataset
 from ..runs.settings import METHODS, RunConfig, dataset_specs, load_config
-from domainmix.views.charts import (
+from .charts import (
     COUNT_METRICS, METRICS, cluster_sizes, label_curves, loss_curves, method_table, percent, pipeline_diagram,
-    probe_curve, summarise,
-)
+    probe_curve, summarise)
 from .figures import encode_figure
 from .maps import embedding_plots
 from .results import Results, domain_probes, domain_sample, sample_features
