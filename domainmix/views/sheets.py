@@ -76,8 +76,8 @@ def _frame(ax, corner, size, mark):
     ))
 
 # %% ../../nbs/views/01_sheets.ipynb #9c9a52e2
-def _mark_legend(ax, marks, y):
-    "A legend of the frames in one line below the sheet."
+def _mark_legend(ax, marks, y, x=0, size=8):
+    "A legend of the frames in one line below the sheet. `ax` may be a figure too."
     from matplotlib.patches import Rectangle
     shown = [m for m in FRAME_STYLES if m in marks]
     handles = [
@@ -85,8 +85,8 @@ def _mark_legend(ax, marks, y):
         for m in shown
     ]
     ax.legend(
-        handles, [FRAME_STYLES[m][2] for m in shown], loc="upper left", bbox_to_anchor=(0, y), ncols=len(handles),
-        frameon=False, fontsize=8, labelcolor=TEXT_COLOUR, handlelength=1, handleheight=1.1, borderaxespad=0,
+        handles, [FRAME_STYLES[m][2] for m in shown], loc="upper left", bbox_to_anchor=(x, y), ncols=len(handles),
+        frameon=False, fontsize=size, labelcolor=TEXT_COLOUR, handlelength=1, handleheight=1.1, borderaxespad=0,
         borderpad=0, columnspacing=1.6,
     )
 
@@ -432,7 +432,7 @@ def attention_sheet(
     column = place % columns * 2.35 + np.tile([0, 1], len(images))
     return image_sheet(pairs, place // columns, column, title=title, height=height, ax=ax)
 
-# %% ../../nbs/views/01_sheets.ipynb #0e0aaad3
+# %% ../../nbs/views/01_sheets.ipynb #2dd7f65f
 def _draw_rows(
     ax,
     rows: Sequence[SheetRow],
@@ -445,7 +445,7 @@ def _draw_rows(
     canvas, corners, size = mosaic(images, row, np.concatenate([r.column for r in rows]), height, gap)
     ax.imshow(canvas, interpolation="antialiased")
     ax.set_axis_off()
-    ax.set_anchor("N")
+    ax.set_anchor("NW")
     for corner, mark in zip(corners, (m for r in rows for m in r.marks)):
         if mark: _frame(ax, corner, size, mark)
 
@@ -467,7 +467,7 @@ def _noisy_rows(results, n, per_row) -> list[SheetRow]:
     pid = real.pids()
     return [_cluster_row(real.images, label, pid, c, per_row) for c in noisiest_clusters(label, pid, n)]
 
-# %% ../../nbs/views/01_sheets.ipynb #14848942
+# %% ../../nbs/views/01_sheets.ipynb #cef5cca3
 def readme_figure(
     results,            # a finished `Results`, of synthetic people only
     n: int = 4,         # rows on each side
@@ -477,11 +477,12 @@ def readme_figure(
     "Ranking lists and noisy clusters of a run side by side, 1400 x 700 pixels at 100 dpi."
     figure = _figure_class()(figsize=(14, 7), dpi=100, facecolor=BACKGROUND)
     figure.photographs = True
-    halves = [("Who is this? Ranking people never seen in training", _ranking_rows(results, n, top)),
-              ("Pseudo labels without any annotation: clusters", _noisy_rows(results, n, per_row))]
+    halves = [("People never seen in training: query and best matches", _ranking_rows(results, n, top)),
+              ("Noisy clusters: one pseudo label, several people", _noisy_rows(results, n, per_row))]
     for i, (title, rows) in enumerate(halves):
-        ax = figure.add_axes((.015 + .5 * i, .07, .47, .83))
+        left = .03 + .5 * i
+        ax = figure.add_axes((left, .08, .46, .83))
         _draw_rows(ax, rows, height=140)
-        figure.text(.018 + .5 * i, .94, title, fontsize=15, fontweight="bold", color=TEXT_COLOUR)
-    _mark_legend(figure, {m for _, rows in halves for r in rows for m in r.marks}, .07)
+        figure.text(left + .005, .94, title, fontsize=15, fontweight="bold", color=TEXT_COLOUR)
+    _mark_legend(figure, {m for _, rows in halves for r in rows for m in r.marks}, .06, x=.035, size=12)
     return figure
