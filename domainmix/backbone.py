@@ -66,7 +66,7 @@ class PartMaps(NamedTuple):
 
 # %% ../nbs/24_backbone.ipynb #878b6057
 def _body_inputs(parser: Parser, x: Tensor, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    "For each view in `names` the images (B, 3, H, W) and the parts in them (B, 7, H, W)."
+    "For each view in `names`: the images (B, 3, H, W) and the body parts in them (B, 7, H, W)."
     with torch.no_grad():
         parts = parser(x)
         views = {"whole": (x, parts)}
@@ -88,26 +88,27 @@ class MultiViewBody(nn.Module):
         self.bodies, self.parser, self.uses_parts = nn.ModuleDict(bodies), parser, uses_parts
 
     def body_inputs(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        "(B, 3, H, W) -> for each body its images (B, 3, H, W) and the parts in them (B, 7, H, W)."
+        "(B, 3, H, W) -> for each body: its images (B, 3, H, W) and the body parts in them (B, 7, H, W)."
         return _body_inputs(self.parser, x, list(self.bodies))
 
     def forward(self, x: Tensor) -> tuple[Tensor | PartMaps, ...]:
         "(B, 3, H, W) -> for each view its map, with the parts if the bodies use them."
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        layout, maps = torch.channels_last if last else torch.contiguous_format, []
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        layout, maps = torch.channels_last if channels_last else torch.contiguous_format, []
         for name, (image, parts) in self.body_inputs(x).items():
             if self.uses_parts:
                 image = torch.cat([image, PART_SCALE * parts], 1)
-            seen = self.bodies[name](image.contiguous(memory_format=layout))
-            maps.append(PartMaps(seen, parts[:, :len(FEATURE_PARTS)]) if self.uses_parts else seen)
+            feature_map = self.bodies[name](image.contiguous(memory_format=layout))
+            maps.append(PartMaps(feature_map, parts[:, :len(FEATURE_PARTS)]) if self.uses_parts else feature_map)
         return tuple(maps)
 
 # %% ../nbs/24_backbone.ipynb #0319b7c3
-def _check_images(x: Tensor) -> None:
-    "Refuse what is not a batch of normalised images."
+def _checked_images(x: Tensor, layout: torch.memory_format) -> Tensor:
+    "The images in the memory layout of a network; refuse what is not a batch of normalised images."
     if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
         said = f"the images are {x.dtype} of shape {tuple(x.shape)}"
         raise DomainMixError(said, "give normalised images, float (B, 3, H, W)")
+    return x.contiguous(memory_format=layout)
 
 # %% ../nbs/24_backbone.ipynb #6242baf8
 def _average_map(maps: Tensor | PartMaps | tuple[Tensor | PartMaps, ...], averages: int) -> Tensor:
@@ -134,6 +135,15 @@ def _make_neck(dim: int) -> nn.BatchNorm1d:
     neck.bias.requires_grad_(False)
     return neck
 
+# %% ../nbs/24_backbone.ipynb #a4a77be3
+def _compared_feature(net: nn.Module, x: Tensor, feature: str) -> Tensor:
+    "The feature 'raw' or 'neck' of length one that a `ReIDNet` gives to ranking and clustering, (B, V * S * C)."
+    if feature not in ("raw", "neck"):
+        remedy = "use neck, the one after the BN neck, or raw, the one before it"
+        raise DomainMixError(f"unknown feature {feature!r}", remedy)
+    f = _unit_feature(net(x)[feature == "neck"].float(), net.weights, net.views)
+    return net.metric[feature](f) if feature in net.metric else f
+
 # %% ../nbs/24_backbone.ipynb #54392af9
 class ReIDNet(nn.Module):
     "One or two bodies, averages over horizontal stripes or body parts, and a BN neck."
@@ -150,13 +160,11 @@ class ReIDNet(nn.Module):
         super().__init__()
         self.body, self.averages, self.views, self.feature_dim = body, averages, views, views * channels * averages
         self.register_buffer("weights", torch.tensor(weights or [1.] * averages)[:, None], persistent=False)
-        self.neck = _make_neck(self.feature_dim)
-        self.metric = nn.ModuleDict()   # for 'raw' or 'neck' features: a `Metric`, where one was learned
+        self.neck, self.metric = _make_neck(self.feature_dim), nn.ModuleDict()   # metric: of 'raw' or 'neck' features
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "(B, 3, H, W) -> the feature before and after the neck, each (B, V * S * C), ordered by view, then by average."
-        _check_images(x)
-        raw = self.pool(self.body(x.contiguous(memory_format=self.layout)))
+        raw = self.pool(self.body(_checked_images(x, self.layout)))
         return raw, self.neck(raw)
 
     def pool(self, maps: Tensor | PartMaps | tuple[Tensor | PartMaps, ...]) -> Tensor:
@@ -165,11 +173,7 @@ class ReIDNet(nn.Module):
 
     def embed(self, x: Tensor, feature: str = "neck") -> Tensor:
         "(B, 3, H, W) -> the feature of length one, (B, V * S * C), after the neck or before it ('raw')."
-        if feature not in ("raw", "neck"):
-            remedy = "use neck, the one after the BN neck, or raw, the one before it"
-            raise DomainMixError(f"unknown feature {feature!r}", remedy)
-        f = _unit_feature(self(x)[feature == "neck"].float(), self.weights, self.views)
-        return self.metric[feature](f) if feature in self.metric else f
+        return _compared_feature(self, x, feature)
 
 # %% ../nbs/24_backbone.ipynb #90b605a4
 def n_parameters(
@@ -196,7 +200,7 @@ def _build_views(config: BackboneConfig, seed: int) -> tuple[nn.Module, int]:
 # %% ../nbs/24_backbone.ipynb #3ec351b0
 def build_backbone(
     config: BackboneConfig,   # which network
-    seed: int = 0,            # for weights that are drawn
+    seed: int = 0,            # of the random weights
 ) -> ReIDNet:                 # on the CPU, channels_last, in training mode
     "The network that `config` describes."
     averages, weights = (len(FEATURE_PARTS), PART_WEIGHTS) if config.parts else (config.stripes, None)
@@ -210,13 +214,13 @@ MAX_DOMAINS = 100
 
 # %% ../nbs/24_backbone.ipynb #711c5bca
 def _build_empty(config: BackboneConfig, domains: int) -> ReIDNet:
-    "The network that `config` describes, to be filled; with `domains` of BN, if there are any."
+    "The network of `config` without published weights; with BN of `domains` domains, if there are any."
     net = build_backbone(replace(config, weights="none"))
     return to_domain_bn(net, domains) if domains else net
 
 # %% ../nbs/24_backbone.ipynb #8279211f
 def _add_metrics(net: ReIDNet, state: dict[str, Tensor]) -> ReIDNet:
-    "`net` with room for the metrics that `state` has, as large as its features make them."
+    "`net` with an empty metric for each one in `state`, of the size that its features need."
     for kind in ("raw", "neck"):
         if (axes := state.get(f"metric.{kind}.axes")) is not None:
             k = min(axes.shape[-1], net.feature_dim) if axes.ndim else 0
@@ -244,12 +248,12 @@ def load_backbone(
 
 # %% ../nbs/24_backbone.ipynb #d50c512a
 def _list_bodies(net: ReIDNet) -> list[nn.Module]:
-    "The bodies of a network, as published ones are."
+    "The bodies of a network: those that published weights go into."
     return list(net.body.bodies.values()) if isinstance(net.body, MultiViewBody) else [net.body]
 
 # %% ../nbs/24_backbone.ipynb #cf2a9c1b
 def _load_body(body: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
-    "Load the weights of a published network into a body; the names of its last layers, which are dropped."
+    "Load the weights of a published network into a body; return the names of the last layers, which are dropped."
     ours = body.state_dict()
     dropped = [k for k in state if k.startswith(CLASSIFIER_PREFIXES) and k not in ours]
     kept = {k: _pad_input_channels(v, ours.get(k)) for k, v in state.items() if k not in dropped}
@@ -268,7 +272,8 @@ def load_published(
         source = _fetch(config.name) if config.weights == "imagenet" else Path(config.weights)
         state = _read_tensors(source)
         if any(k.startswith("body.") for k in state):
-            without_metric = {k: v for k, v in state.items() if not k.startswith("metric.")}  # training makes it invalid
+            # training makes a metric invalid
+            without_metric = {k: v for k, v in state.items() if not k.startswith("metric.")}
             _load_checked(net, without_metric, str(source))
             return []
     for body in _list_bodies(net):
