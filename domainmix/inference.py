@@ -39,7 +39,7 @@ def last_network(
     if "methods" in about:
         remedy = f"name one of its stages, such as {run}/seed0/stage2-refined"
         raise DomainMixError(f"{run} is a table of many runs", remedy)
-    last = METHODS[check_choice(config.method, METHODS, f"method in {run/'config.json'}")].last
+    last = METHODS[check_choice(config.method, METHODS, f"method in {run/'config.json'}")].last_stage
     if not (run/last/"model.safetensors").is_file():
         remedy = "run it to its end, or name the folder of a stage"
         raise DomainMixError(f"the run in {run} has not finished its {last}", remedy)

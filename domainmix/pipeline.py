@@ -75,7 +75,7 @@ def report_error(
 ) -> ErrorReport | None:  # None: a bug, which keeps its traceback
     "The report of an error that a user caused or can correct."
     if isinstance(error, DomainMixError):    # `shared`: all processes raise the same error
-        return ErrorReport(EXIT_USER_ERROR, f"error: {error}", not getattr(error, "shared", False))
+        return ErrorReport(EXIT_USER_ERROR, f"error: {error}", not getattr(error, "on_all_ranks", False))
     if isinstance(error, OSError):
         return report_os_error(error)
     if isinstance(error, torch.cuda.OutOfMemoryError):

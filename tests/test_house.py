@@ -17,7 +17,7 @@ import style
 from sync import ROOT, cleaned, exported, is_clean, modules, notebooks, place
 
 LONGEST_CELL = 25                # lines of an exported cell
-LONGEST_MODULE = 420             # lines that are neither blank nor a marker of the export
+LONGEST_MODULE = 440             # lines that are neither blank nor a marker of the export
 LONG_MODULES = {"world"}         # how to draw a person is one thing, and takes more
 LARGEST_OUTPUT = 400_000         # characters of one saved output
 LARGEST_NOTEBOOK = 1_000_000     # bytes

@@ -181,7 +181,7 @@ def _draw_answers(r: Results):
     return ranking_gallery(query.images, gallery.images, ranked_list(*sides), q.pid, q.camera, g.camera, ap)
 
 # %% ../../nbs/views/07_report.ipynb #b82b5fda
-def _draw_losses(r: Results):
+def _losses_figure(r: Results):
     "The losses of all stages."
     return loss_curves(r.log())
 
@@ -193,7 +193,7 @@ REPORT_VIEWS = {  # name: drawing function, caption
     "map": (_draw_map, "Features of synthetic (A) and real (B) people by the network of each stage, on common axes."),
     "probe": (_draw_probe, "How often a linear probe predicts the domain of people that it was not trained on."),
     "answers": (_draw_answers, "Queries from the best to the worst average precision, by the last network."),
-    "losses": (_draw_losses, "Losses, one point per epoch."),
+    "losses": (_losses_figure, "Losses, one point per epoch."),
 }
 
 # %% ../../nbs/views/07_report.ipynb #14aaa10e

@@ -300,7 +300,7 @@ def rerun_stage3(
     return [{**line, "domain_probe": probes[str(line["epoch"])]} for line in lines]
 
 # %% ../../nbs/views/04_results.ipynb #6bca7f3d
-def _plan_stage3(
+def _planned_stage3(
     r: RunFolder,
     method: str,
 ) -> tuple[RunConfig, Inputs, Stage]:
@@ -309,7 +309,7 @@ def _plan_stage3(
     if not m.loss:
         raise DomainMixError(f"a run of {method} has no stage 3", "choose one of domainmix-db, domainmix-kl or control")
     config = validate_config(with_overrides(r.config, {"method": method, "seed": r.seed, "stage3.loss": m.loss}))
-    inputs = Inputs(a.synthetic, b.real, source=b.source)
+    inputs = Inputs(a.synthetic, b.real, real_domain=b.real_domain)
     planned = plan_stages(config, inputs, r.store, shared="methods" in r.meta)[-1]
     if r.stage(planned.name).key != planned.key:
         raise DomainMixError(f"{planned.name} of {r.home.name} does not agree with its config.json",
@@ -339,15 +339,15 @@ def probe_stage3_epochs(
     method: str | None = None,  # of a table of runs; None: the method of the run
 ) -> list[dict]:                # as `rerun_stage3` gives them
     "The domain probe after each epoch of stage 3. It is computed once and saved in `views/`."
-    config, inputs, stage = _plan_stage3(r, method or r.config.method)
+    config, inputs, stage = _planned_stage3(r, method or r.config.method)
     key = fingerprint(stage.key, config.feature, config.flip, N_PROBE)[:12]
     file = r.store/"views"/f"{stage.name}-epochs-{key}.json"
     if file.is_file(): return load_json(file)
     if not again:
         raise DomainMixError(f"{stage.name} of {r.home.name} has not been probed epoch by epoch",
                              "Results.probe_epochs runs it again, once; this takes as long as the stage took")
-    second = stage.after[0]
-    labels = second.after[-1].folder if METHODS[config.method].labels in ("initial", "refined") else None
+    second = stage.depends_on[0]
+    labels = second.depends_on[-1].folder if METHODS[config.method].labels in ("initial", "refined") else None
     return _rerun_and_save(file, lambda folder: rerun_stage3(config, inputs, second.folder, labels, folder))
 
 # %% ../../nbs/views/04_results.ipynb #0874b560
@@ -389,7 +389,7 @@ def attention(
     with_parts = isinstance(found, PartMaps)
     maps = (found.map if with_parts else found).square().mean(1).sqrt()              # (N, C, h, w) -> (N, h, w)
     if with_parts:     # a small part has as much weight as a large one, so each of its places counts more
-        maps = maps * (found.shares() * net.weights[:, :, None]).sum(1)
+        maps = maps * (found.location_weights() * net.weights[:, :, None]).sum(1)
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return ((maps - low) / (high - low).clamp(min=1e-9)).numpy()
 
