@@ -22,10 +22,8 @@ from .core import DomainMixError, compile_loop
 from .knn import exact_matmul, knn, pair_products, row_products, unit_rows
 
 # %% ../nbs/32_jaccard.ipynb #456f91e9
-def _neighbour_matrix(
-    rank: np.ndarray,     # (N, m), the first m neighbours of each image
-) -> sparse.csr_array:    # (N, N)
-    "Neighbour lists as a sparse 0/1 matrix; each row keeps the order of its list."
+def _neighbour_matrix(rank: np.ndarray) -> sparse.csr_array:
+    "Neighbour lists (N, m) as a sparse 0/1 matrix (N, N); each row keeps the order of its list."
     n, m = rank.shape
     index_type = np.int32 if n*m < 2**31 else np.int64      # int32 halves the memory of all later steps
     bounds = np.arange(0, n*m + 1, m, dtype=index_type)
@@ -42,10 +40,7 @@ def reciprocal_neighbours(
     return forward.multiply(forward.T.tocsr()).tocsr()
 
 # %% ../nbs/32_jaccard.ipynb #bf3ba155
-def expand_by_products(
-    full: sparse.csr_array,  # (N, N) reciprocal neighbours for k
-    half: sparse.csr_array,  # (N, N) reciprocal neighbours for k/2
-) -> tuple[np.ndarray, np.ndarray]:
+def expand_by_products(full: sparse.csr_array, half: sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
     "`expand_neighbours` by products of sparse matrices: the bounds and columns of the rows."
     known = full.multiply(full @ half.T.tocsr()).tocsr()  # |R(i) and R_half(c)| for every c in R(i)
     size = np.diff(half.indptr)
@@ -117,13 +112,10 @@ def known_similarities_by_arrays(bounds, columns, rank, similarity):
     return s, missing
 
 # %% ../nbs/32_jaccard.ipynb #d8e30b63
-def known_similarities(
-    bounds,      # (N + 1,), where each row of pairs begins
-    columns,     # (P,), the second of each pair
-    rank,        # (N, m) neighbour lists
-    similarity,  # (N, m), the similarity of each listed pair
-) -> tuple[np.ndarray, np.ndarray]:  # float32 (P,), bool (P,)
-    "The similarities of pairs that are on a neighbour list, and which pairs are not."
+def known_similarities(bounds, columns, rank, similarity) -> tuple[np.ndarray, np.ndarray]:
+    "The similarities float32 (P,) of pairs that are on a neighbour list, and which pairs are not, bool (P,)."
+    # bounds: (N + 1,), where each row of pairs begins;  columns: (P,), the second image of each pair
+    # rank, similarity: (N, m), the neighbour lists and the similarity of each listed pair
     n = len(rank)
     s, missing = np.empty(len(columns), np.float32), np.ones(len(columns), np.bool_)
     known, owner = np.empty(n, np.float32), np.full(n, -1, np.int32)
@@ -342,10 +334,7 @@ def pair_overlaps(i, j, indptr, indices, data) -> np.ndarray:
     return s
 
 # %% ../nbs/32_jaccard.ipynb #f2fa104b
-def _drop_if_safe(
-    V: sparse.csr_array,  # (N, N)
-    least: float,         # smaller sums are not wanted
-) -> tuple[sparse.csr_array, np.ndarray] | None:  # (N, N), float32 (N,)
+def _drop_if_safe(V: sparse.csr_array, least: float) -> tuple[sparse.csr_array, np.ndarray] | None:
     "`V` without its small entries, and the sums dropped; None where dropping could hide a pair or would not pay."
     slight = min(0.2, least/3)         # two rows that both lose this much, and share nothing else, stay below `least`
     if compile_loop(overlap_loop) is None or not slight > 0.05: return None
@@ -354,15 +343,18 @@ def _drop_if_safe(
     if not 2*lost.max(initial=0) < least: return None    # sums in the thousands: their rounding error may hide a pair
     return sparse.csr_array((values, columns, bounds.astype(V.indptr.dtype)), shape=V.shape), lost
 
+# %% ../nbs/32_jaccard.ipynb #33f9a481
+def _join_tiles(pairs_of_rows: Callable, starts: range, last: int, threads: int) -> tuple[np.ndarray, ...]:
+    "The pairs of tiles of rows, computed by several threads; a tile ends where the next starts, or at `last`."
+    with ThreadPoolExecutor(threads) as pool:
+        parts = list(pool.map(lambda i: pairs_of_rows(i, min(i + starts.step, last)), starts))
+    return tuple(np.concatenate(p) for p in zip(*parts))
+
 # %% ../nbs/32_jaccard.ipynb #05bc25d5
 class OverlapSums:
-    "All pairs i <= j of rows of V whose sum of minima is at least `least`: call it to get (i, j, sum)."
-    def __init__(
-        self,
-        V: sparse.csr_array,      # (N, N) non-negative, one row for each image, columns in order
-        least: float = 0.,        # smaller sums are not kept, nor are zeros
-        tile: int | None = None,  # rows at once; None: a good number for the loop
-    ):
+    "All pairs i <= j of rows of V whose sum of minima is at least `least`, and not 0: call it to get (i, j, sum)."
+    # V: (N, N) non-negative, columns in order;  tile: rows at once, None: a good number for the loop
+    def __init__(self, V: sparse.csr_array, least: float = 0., tile: int | None = None):
         self.n, self.loop = V.shape[0], compile_loop(overlap_loop)
         self.least = np.maximum(np.float32(least), np.nextafter(np.float32(0), np.float32(1)))
         self.whole, self.lost = [as_unsigned(a) for a in (V.indptr, V.indices, V.data)], np.zeros(self.n, np.float32)
@@ -383,17 +375,12 @@ class OverlapSums:
     def __call__(self, first: int = 0, last: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "The pairs of rows i from `first` to the row before `last` (None: all), computed by several threads."
         last = self.n if last is None else last
-        with ThreadPoolExecutor(torch.get_num_threads() if self.loop else 1) as pool:
-            starts = range(first, last, self.tile)
-            parts = list(pool.map(lambda i: self.pairs_of_rows(i, min(i + self.tile, last)), starts))
-        return tuple(np.concatenate(p) for p in zip(*parts))
+        threads = torch.get_num_threads() if self.loop else 1
+        return _join_tiles(self.pairs_of_rows, range(first, last, self.tile), last, threads)
 
 # %% ../nbs/32_jaccard.ipynb #3e9903cc
-def overlap(
-    V: sparse.csr_array,  # (N, N) non-negative, one row for each image, columns in order
-    least: float,         # smaller sums are not kept
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (P,) each
-    "All pairs i <= j whose sum of minima is positive and at least `least`, as (i, j, sum)."
+def overlap(V: sparse.csr_array, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "All pairs i <= j of rows of V (N, N) whose sum of minima is positive and at least `least`: (i, j, sum), (P,) each."
     return OverlapSums(V, least)()
 
 # %% ../nbs/32_jaccard.ipynb #96dfb26d
@@ -440,13 +427,9 @@ def _check_jaccard(k1: int, k2: int, max_distance: float) -> None:
 
 # %% ../nbs/32_jaccard.ipynb #53dde1c1
 def _smoothed_rows(
-    x: torch.Tensor,                        # (N, D) unit rows
-    rank: np.ndarray,                       # (N, >= k1) neighbour lists
-    similarity: np.ndarray | None,          # float32 (N, >= k1), or None
-    k1: int,
-    k2: int,
-    unit_distance: np.ndarray | None = None,  # as in `encode_neighbours`
-) -> sparse.csr_array:                      # (N, N)
+    x: torch.Tensor, rank: np.ndarray, similarity: np.ndarray | None, k1: int, k2: int,
+    unit_distance: np.ndarray | None = None,
+) -> sparse.csr_array:
     "Reciprocal neighbours, expansion, encoding and local query expansion in a row."
     pattern = expand_neighbours(reciprocal_neighbours(rank, k1), reciprocal_neighbours(rank, round(k1/2)))
     return query_expansion(encode_neighbours(x, pattern, rank, similarity, unit_distance), rank, k2)

@@ -167,8 +167,7 @@ def topk_by_rows(
 def insert_sorted(
     value: np.ndarray,   # float32 (m,), largest first; changed in place
     column: np.ndarray,  # int32 (m,), the column of each value; changed in place
-    product: float,      # larger than the last value, which is dropped
-    partner: int,        # the column of `product`
+    product: float, partner: int,   # larger than the last value, which is dropped; and its column
 ) -> float:
     "Insert a product into a sorted list, behind equal ones, and return the new last value."
     at = len(value) - 1
