@@ -758,7 +758,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                'domainmix.knn.certified_topk': ('knn.html#certified_topk', 'domainmix/knn.py'),
                                'domainmix.knn.exact_matmul': ('knn.html#exact_matmul', 'domainmix/knn.py'),
                                'domainmix.knn.exact_products': ('knn.html#exact_products', 'domainmix/knn.py'),
-                               'domainmix.knn.insert_sorted': ('knn.html#insert_sorted', 'domainmix/knn.py'),
                                'domainmix.knn.insert_topk': ('knn.html#insert_topk', 'domainmix/knn.py'),
                                'domainmix.knn.knn': ('knn.html#knn', 'domainmix/knn.py'),
                                'domainmix.knn.main_directions': ('knn.html#main_directions', 'domainmix/knn.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNN_METHODS', 'toy_features', 'unit_rows', 'camera_centre', 'exact_matmul', 'row_products', 'topk_by_rows',
-           'insert_sorted', 'insert_topk', 'topk_symmetric', 'pair_products_loop', 'pair_products', 'centre_terms',
-           'to_bf16', 'main_directions', 'to_int8', 'exact_products', 'candidate_count', 'certified_topk', 'knn']
+           'insert_topk', 'topk_symmetric', 'pair_products_loop', 'pair_products', 'centre_terms', 'to_bf16',
+           'main_directions', 'to_int8', 'exact_products', 'candidate_count', 'certified_topk', 'knn']
 
 # %% ../nbs/31_knn.ipynb #ad68f5e2
 import contextlib
@@ -163,29 +163,20 @@ def topk_by_rows(
         done += len(part)
     return value, column
 
-# %% ../nbs/31_knn.ipynb #f2c3f117
-def insert_sorted(
-    value: np.ndarray,   # float32 (m,), largest first; changed in place
-    column: np.ndarray,  # int32 (m,), the column of each value; changed in place
-    product: float, partner: int,   # larger than the last value, which is dropped; and its column
-) -> float:
-    "Insert a product into a sorted list, behind equal ones, and return the new last value."
-    at = len(value) - 1
-    while at > 0 and value[at - 1] < product:
-        value[at], column[at] = value[at - 1], column[at - 1]
-        at -= 1
-    value[at], column[at] = product, partner
-    return value[-1]
-
 # %% ../nbs/31_knn.ipynb #b8127927
 def insert_topk(
     S: np.ndarray,       # float32 (R, C), products of some rows and columns
-    first: int,          # the number of the first row
-    other: int,          # the number of the first column; equal to `first` if the tile is on the diagonal
-    value: np.ndarray,   # float32 (N, m), the largest products so far, largest first; changed in place
-    column: np.ndarray,  # int32 (N, m), their columns
+    first: int, other: int,   # the numbers of the first row and column; equal if the tile is on the diagonal
+    value: np.ndarray, column: np.ndarray,  # float32, int32 (N, m), the largest so far and their columns; changed
 ) -> None:
     "Insert each large product into the list of its row and of its column; of equal ones the earlier stays ahead."
+    def insert(best, which, product, partner):
+        at = len(best) - 1
+        while at > 0 and best[at - 1] < product:
+            best[at], which[at] = best[at - 1], which[at - 1]
+            at -= 1
+        best[at], which[at] = product, partner
+        return best[-1]
     floors = value[other:other + S.shape[1], -1].copy()     # the last entry of each column's list
     if first == other: floors[:] = np.inf                   # on the diagonal each column is a row too
     for i in range(S.shape[0]):
@@ -196,8 +187,8 @@ def insert_topk(
             if hits == 0: continue
             for j in range(len(piece)):
                 product, you = piece[j], other + start + j
-                if product > floor: floor = insert_sorted(value[me], column[me], product, you)
-                if product > theirs[j]: theirs[j] = insert_sorted(value[you], column[you], product, me)
+                if product > floor: floor = insert(value[me], column[me], product, you)
+                if product > theirs[j]: theirs[j] = insert(value[you], column[you], product, me)
 
 # %% ../nbs/31_knn.ipynb #bc580e48
 def topk_symmetric(
