@@ -167,6 +167,11 @@ def _new_parser(width: int, seed: int) -> Parser:
         torch.manual_seed(seed)
         return Parser(width).to(memory_format=torch.channels_last).train()
 
+# %% ../nbs/16_body_parts.ipynb #81136727
+def _draw_domains(style: DomainStyle, seeds: tuple[int, ...], **kw) -> Tensor:
+    "Images (N, C, H, W) of one domain of people for each seed; `kw` goes to `draw_domain`."
+    return torch.cat([draw_domain(style, seed, PARSER_SIZE, name="parsing", **kw).images for seed in seeds])
+
 # %% ../nbs/16_body_parts.ipynb #bc036725
 def train_parser(
     style: DomainStyle,  # of the synthetic people
@@ -177,9 +182,7 @@ def train_parser(
     lr: float = 2e-3,    # highest learning rate
 ) -> Parser:             # folded, fixed
     "Draw people and their part maps, and train a network to predict the maps from the images."
-    def draw(**kw):
-        return torch.cat([draw_domain(style, seed, PARSER_SIZE, name="parsing", **kw).images for seed in seeds])
-    images, maps = draw(), draw(paint=render_part_masks)
+    images, maps = _draw_domains(style, seeds), _draw_domains(style, seeds, paint=render_part_masks)
     g = generator(seeds[0], "parsing")
     net = _new_parser(width, seeds[0])
     optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=.01)

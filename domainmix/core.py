@@ -140,6 +140,16 @@ def _import_numba():
         return None
     return numba
 
+# %% ../nbs/00_core.ipynb #35b481c3
+def _with_compiled_helpers(loop: Callable, compile_helper: Callable) -> Callable:
+    "A copy of `loop` in which each function that it calls by a global name is replaced by the compiled one."
+    called = {name: loop.__globals__.get(name) for name in loop.__code__.co_names}
+    helpers = {name: compile_helper(f) for name, f in called.items() if isinstance(f, types.FunctionType)}
+    if not helpers:
+        return loop
+    copied = types.FunctionType(loop.__code__, loop.__globals__ | helpers, loop.__name__, loop.__defaults__)
+    return functools.update_wrapper(copied, loop)
+
 # %% ../nbs/00_core.ipynb #a9e9f240
 @functools.cache
 def compile_loop(
@@ -151,6 +161,7 @@ def compile_loop(
     if numba is None:
         return None
     options = dict(nogil=True, fastmath={"reassoc", "contract"} if any_order else False)
+    loop = _with_compiled_helpers(loop, functools.partial(compile_loop, any_order=any_order))
     try:
         return numba.njit(cache=True, **options)(loop)
     except RuntimeError:      # there is no folder in which the code can be kept

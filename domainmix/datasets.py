@@ -106,6 +106,14 @@ def read_pattern(home: Path, paths: list[str], pattern: str) -> dict[str, Record
     part = np.where(np.isin(top, ["query", "gallery"]), top, "train")
     return {s: rows[part == s] for s in SPLITS if (part == s).any()}
 
+# %% ../nbs/13_datasets.ipynb #edf00467
+def _warn_of_layout(home: Path) -> None:
+    "Warn if `home`, which is read as a plain folder, looks like a data set with a layout of its own."
+    special = [n for n in guess_layouts(home) if n not in ("folder", "randperson")]
+    if special:
+        warnings.warn(f"{printable(home)} looks like {special[0]}. It is read as a plain folder, without labels, "
+                      "and with its test images.")
+
 # %% ../nbs/13_datasets.ipynb #c526a173
 def read_folder(
     root: str | Path,                     # a folder of crops
@@ -120,10 +128,7 @@ def read_folder(
         raise DomainMixError(f"{printable(home)} holds no image; expected {layout.expected_files}",
                              layout.download_note)
     if pattern is None:
-        special = [n for n in guess_layouts(home) if n not in ("folder", "randperson")]
-        if special:
-            warnings.warn(f"{printable(home)} looks like {special[0]}. It is read as a plain folder, without labels, "
-                          "and with its test images.")
+        _warn_of_layout(home)
         unknown = np.full(len(paths), -1)
         found = dict(train=Records(paths, unknown, unknown, str(home)))
     else:

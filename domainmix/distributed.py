@@ -214,6 +214,12 @@ def all_gather_rows(
 # %% ../nbs/02_distributed.ipynb #2d3af132
 BUCKET_SIZE = 4 * 2**20   # numbers in a message, at least: 16 MB
 
+# %% ../nbs/02_distributed.ipynb #c4a47b36
+def _copy_into(grads: list[Tensor], flat: Tensor) -> None:
+    "Write the numbers of `flat` into `grads`, one gradient after another."
+    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(part.view(g.shape))
+
 # %% ../nbs/02_distributed.ipynb #5aa72547
 class GradientReducer:
     "Sends gradients in messages of `BUCKET_SIZE` numbers, and replaces them by their means over processes."
@@ -242,8 +248,7 @@ class GradientReducer:
         for message, flat, grads in self.sent:
             message.wait()
             flat /= rank_and_size()[1]
-            for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-                g.copy_(part.view(g.shape))
+            _copy_into(grads, flat)
 
 # %% ../nbs/02_distributed.ipynb #d332abc2
 @contextlib.contextmanager

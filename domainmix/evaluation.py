@@ -7,7 +7,7 @@ __all__ = ['find_matches', 'count_nearer', 'match_ranks', 'Ranking', 'rank', 'Ra
            'evaluate', 'domain_probe']
 
 # %% ../nbs/50_evaluation.ipynb #dcd0c623
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,6 +159,18 @@ def _chunk_scores(place: torch.Tensor, precision: torch.Tensor, real: torch.Tens
     first = place[:, 0].masked_fill(~real[:, 0], 0).double()
     return mean(precision), mean((before + j / place.double()) / 2), inp, first
 
+# %% ../nbs/50_evaluation.ipynb #87389d58
+def _score_queries(distances: Callable, chunk: int, q_pid, q_camera, g_pid, g_camera) -> list[np.ndarray]:
+    "AP, AP by trapezoids, INP and the first rank of each query (Q,); `chunk` queries at once."
+    pids, order = g_pid.sort()
+    scores = [torch.zeros(len(q_pid), dtype=torch.float64, device=q_pid.device) for _ in range(4)]
+    for part in torch.arange(len(q_pid), device=q_pid.device).split(chunk):
+        if not torch.isin(q_pid[part], pids).any(): continue
+        with exact_matmul(q_pid.device): distance = distances(part)
+        matches = _chunk_match_ranks(distance, q_pid[part], q_camera[part], pids, order, g_camera)
+        for score, value in zip(scores, _chunk_scores(*matches)): score[part] = value
+    return [score.cpu().numpy() for score in scores]
+
 # %% ../nbs/50_evaluation.ipynb #bb009952
 def rank(
     query: torch.Tensor | np.ndarray,        # (Q, D) features; if they are on a GPU, it is used
@@ -179,17 +191,11 @@ def rank(
     known = g_pid >= 0
     if not known.all(): gallery, g_camera, g_pid = gallery[known], g_camera[known], g_pid[known]
     if not torch.isin(q_pid, g_pid).any(): return _mean_over_queries(*np.zeros((4, len(query))), topk)   # an error
-    pids, order = g_pid.sort()
     if rerank: distances = reranked_distances(query, gallery, rerank)
     else: distances = lambda part: row_products(query[part], gallery).neg_()
-    scores = [torch.zeros(len(query), dtype=torch.float64, device=query.device) for _ in range(4)]
-    for part in torch.arange(len(query), device=query.device).split(chunk or max(1, 2**22 // max(1, len(g_pid)))):
-        if not torch.isin(q_pid[part], pids).any(): continue
-        with exact_matmul(query.device): distance = distances(part)
-        matches = _chunk_match_ranks(distance, q_pid[part], q_camera[part], pids, order, g_camera)
-        for score, value in zip(scores, _chunk_scores(*matches)): score[part] = value
-    ap, trapezoid, inp, first = (v.cpu().numpy() for v in scores)
-    return _mean_over_queries(ap, trapezoid, inp, first, topk)
+    chunk = chunk or max(1, 2**22 // max(1, len(g_pid)))
+    scores = _score_queries(distances, chunk, q_pid, q_camera, g_pid, g_camera)
+    return _mean_over_queries(*scores, topk)
 
 # %% ../nbs/50_evaluation.ipynb #827a6b59
 @dataclass

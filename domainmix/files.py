@@ -338,6 +338,14 @@ def _read_lock_owner(path: Path) -> dict:
         return {}
     return owner if isinstance(owner, dict) and {"pid", "host"} <= owner.keys() else {}
 
+# %% ../nbs/01_files.ipynb #9d8a944f
+def _write_lock_owner(file: io.TextIOBase) -> None:
+    "Write this process, its machine and the time into an open lock file."
+    owner = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S %z"))
+    file.truncate(0)
+    file.write(json.dumps(owner))
+    file.flush()
+
 # %% ../nbs/01_files.ipynb #1477a93c
 def _locked_error(folder: str | Path) -> DomainMixError:
     "The error for a folder that another process has locked."
@@ -362,10 +370,7 @@ def locked(
             has_lock = _lock_file(f, wait)
         except BlockingIOError:
             raise _locked_error(folder) from None
-        owner = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S %z"))
-        f.truncate(0)
-        f.write(json.dumps(owner))
-        f.flush()
+        _write_lock_owner(f)
         for left in unfinished_files(folder) if has_lock else ():
             left.unlink(missing_ok=True)
         try:

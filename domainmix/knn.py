@@ -166,10 +166,8 @@ def topk_by_rows(
 # %% ../nbs/31_knn.ipynb #b8127927
 def insert_topk(
     S: np.ndarray,       # float32 (R, C), products of some rows and columns
-    first: int,          # the number of the first row
-    other: int,          # the number of the first column; equal to `first` if the tile is on the diagonal
-    value: np.ndarray,   # float32 (N, m), the largest products so far, largest first; changed in place
-    column: np.ndarray,  # int32 (N, m), their columns
+    first: int, other: int,   # the numbers of the first row and column; equal if the tile is on the diagonal
+    value: np.ndarray, column: np.ndarray,  # float32, int32 (N, m), the largest so far and their columns; changed
 ) -> None:
     "Insert each large product into the list of its row and of its column; of equal ones the earlier stays ahead."
     def insert(best, which, product, partner):
