@@ -71,7 +71,7 @@ def saved_outputs(outputs):
 def first_picture(nb):
     "The first picture of a notebook as bytes, or None."
     outputs = [o for c in nb.cells for o in c.get("outputs", [])]
-    found = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    found = [o["data"][kind] for o in outputs for kind in ("image/png", "image/jpeg") if kind in o.get("data", {})]
     return base64.b64decode(found[0]) if found else None
 
 
