@@ -90,7 +90,7 @@ def test_stages_run_on_it_and_their_steps_wait_only_to_look_at_losses(case, tmp_
     assert len(maps) > 1000 and all(maps)     # no convolution has to turn its map
     epochs = [line["epoch"] for line in load_jsonl(tmp_path/"runs/tiny/log.jsonl")]
     assert len(epochs) >= 2 and pretend.steps == 21*len(epochs)
-    assert pretend.waits == {"checkpoint.py: look": len(epochs)}     # at the twentieth step; at the last when the epoch is over
+    assert pretend.waits == {"checkpoint.py: flush": len(epochs)}     # at the twentieth step; at the last when the epoch is over
     assert 0 < result["mAP"] < 1
 
 

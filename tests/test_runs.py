@@ -47,7 +47,7 @@ def test_the_list_has_the_scores_of_a_run(after):
     ("config.json", '{"seed": "none"}', "damaged", "seed is 'none'"),
     ("config.json", '{"method": "only-a", "methods": 3}', "damaged", "methods is 3"),
     ("metrics.json", "\x00\xff", "damaged", "metrics.json is damaged"),
-    ("metrics.json", "[]", "damaged", "holds a list"),
+    ("metrics.json", "[]", "damaged", "contains a list"),
     ("metrics.json", '{"mAP": "high"}', "damaged", "cannot be read as a run"),
     ("log.jsonl", "{}\nnonsense\n", "finished", "1 of 2 lines"),
     ("log.jsonl", "\x00", "finished", "1 of 1 lines"),

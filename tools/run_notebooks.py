@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 
 import nbformat
@@ -35,6 +36,7 @@ matplotlib.rcParams["figure.dpi"] = 80
 """
 EXAMPLE = "notebooks"    # the run that the companions show
 THUMBNAIL = 220          # columns
+FOLDER = re.compile(re.escape(tempfile.gettempdir()) + r"/tmp\w+")    # a folder that exists for one run only
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -62,6 +64,8 @@ def saved_outputs(outputs):
     "The outputs of a cell that are worth keeping."
     kept = [o for o in outputs if not (o["output_type"] == "stream" and o["name"] == "stderr")]
     for output in kept:
+        if "text" in output:
+            output["text"] = FOLDER.sub("FOLDER", output["text"])
         data = output.get("data", {})
         if "image/png" in data:
             data["image/png"] = smaller_png(data["image/png"])
