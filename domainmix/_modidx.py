@@ -1644,6 +1644,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                                                                  'domainmix/views/results.py'),
                                          'domainmix.views.results.sample_features': ( 'views/results.html#sample_features',
                                                                                       'domainmix/views/results.py'),
+                                         'domainmix.views.results.split_rows': ( 'views/results.html#split_rows',
+                                                                                 'domainmix/views/results.py'),
                                          'domainmix.views.results.stage_folders': ( 'views/results.html#stage_folders',
                                                                                     'domainmix/views/results.py'),
                                          'domainmix.views.results.stage_scores': ( 'views/results.html#stage_scores',

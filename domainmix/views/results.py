@@ -6,13 +6,13 @@
 __all__ = ['SPLIT_ROLES', 'EXAMPLE_SETTINGS', 'StageFolder', 'stage_folders', 'choose_seed', 'require_stage', 'run_status',
            'RunFolder', 'read_splits', 'read_features', 'network_features', 'first_labelling_stage', 'run_labels',
            'stage_scores', 'last_networks', 'run_log', 'last_clustering_features', 'checkpoint_net', 'rerun_stage3',
-           'probe_stage3_epochs', 'Results', 'attention', 'domain_sample', 'sample_features', 'domain_probes',
-           'example_run']
+           'probe_stage3_epochs', 'Results', 'attention', 'domain_sample', 'split_rows', 'sample_features',
+           'domain_probes', 'example_run']
 
 # %% ../../nbs/views/04_results.ipynb #56aa9a49
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -410,6 +410,15 @@ def domain_sample(
     pid = np.concatenate([split.records.pid[rows[k]] for k, split in splits.items()])
     return images, domain, pid, dict(zip(("synthetic", "real"), rows.values()))
 
+# %% ../../nbs/views/04_results.ipynb #40c610a1
+def split_rows(
+    split: Split,
+    rows: np.ndarray,  # of its images
+) -> Split:
+    "Some images of a split, with a fingerprint of their own."
+    return replace(split, images=split.images[rows], records=split.records[rows],
+                   key=fingerprint(split.key, rows.tolist()))
+
 # %% ../../nbs/views/04_results.ipynb #e958c56e
 def sample_features(
     results: Results,
@@ -417,7 +426,8 @@ def sample_features(
     rows: dict[str, np.ndarray],  # split -> rows, from `domain_sample`
 ) -> np.ndarray:                  # (N, D)
     "The features of a sample by the network of a stage."
-    return np.concatenate([results.features(stage, split)[r] for split, r in rows.items()])
+    some = {name: split_rows(results.load_split(name), r) for name, r in rows.items()}
+    return np.concatenate([network_features(results, stage, name, split) for name, split in some.items()])
 
 # %% ../../nbs/views/04_results.ipynb #79b90548
 def domain_probes(results: Results) -> dict[str, float]:
