@@ -83,7 +83,7 @@ def memory_scores(
 def occurrence_index(
     row: Tensor,             # (B,) int64
 ) -> tuple[Tensor, Tensor]:  # (B,) int64 each
-    "For each entry: the place of its row among the different rows, in ascending order; how often it occurred before."
+    "For each entry: the place of its row in the sorted list of different rows; how often the row occurred before it."
     order = row.argsort(stable=True)
     ordered, position = row[order], torch.arange(len(row), device=row.device)
     first = torch.ones_like(row, dtype=torch.bool)
@@ -158,7 +158,7 @@ class MemoryBank(RealLabels):
 
 # %% ../nbs/34_spcl.ipynb #f95ac175
 def full_batch(
-    sampler: PKSampler,    # with singletons_once
+    sampler: PKSampler,    # made with singletons_once=True
     label: Tensor,         # (N,), the labels of the sampler
     size: int,             # images in the batch
     rng: torch.Generator,
@@ -318,7 +318,7 @@ def init_memory(memory: MemoryBank, net: nn.Module, union_batches: UnionBatches,
 
 # %% ../nbs/34_spcl.ipynb #e93a4bf7
 def epoch_label_log(memory: RealLabels, truth: np.ndarray | None) -> dict:
-    "What the log has about the labels of an epoch; `truth` (N,) is used here and nowhere else."
+    "The numbers that are logged about the labels of an epoch; `truth` (N,) is used here and nowhere else."
     label = memory.label.cpu().numpy()
     line = dict(clusters=int(label.max()) + 1, outliers=float((label < 0).mean()), threshold=memory.threshold.item())
     return line if truth is None else line | label_quality(label, np.asarray(truth))
