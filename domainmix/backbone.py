@@ -210,11 +210,11 @@ def build_backbone(
     return net.to(memory_format=torch.channels_last)
 
 # %% ../nbs/24_backbone.ipynb #108d6dbb
-MAX_DOMAINS = 100
+MAX_DOMAINS = 100   # a state dict with the BN of more domains is refused
 
 # %% ../nbs/24_backbone.ipynb #711c5bca
 def _build_empty(config: BackboneConfig, domains: int) -> ReIDNet:
-    "The network of `config` without published weights; with BN of `domains` domains, if there are any."
+    "The network of `config` without published weights; with domain-specific BN for `domains` domains, 0: plain BN."
     net = build_backbone(replace(config, weights="none"))
     return to_domain_bn(net, domains) if domains else net
 

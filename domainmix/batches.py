@@ -384,7 +384,7 @@ def domain_pools(
     domain: np.ndarray,  # int (N,)
     p: int,              # identities in a batch
 ) -> list[tuple[str, np.ndarray, int]]:  # for each domain: words for a message, its identities, how many to draw
-    "As many identities from each domain; where `p` does not divide, the first domains give one more."
+    "The same number of identities from each domain; if `p` is not a multiple, the first domains give one more."
     of_identity = domain[index.order][index.start]
     if (np.repeat(of_identity, index.size) != domain[index.order]).any():
         raise DomainMixError("a class has images of two domains", "add an offset to the labels, as union does")
@@ -440,7 +440,7 @@ class PKSampler:
         domain=None,            # int (N,); needed for balance='domain'
         p: int = 16,            # identities in a batch
         k: int = 4,             # images of each
-        balance: str = "union", # 'union': identities from all; 'domain': as many from each domain
+        balance: str = "union", # 'union': identities from all; 'domain': the same number from each domain
         singletons_once: bool = False,  # an identity of one image gives it once, not k times
     ):
         label, camera, domain = int_columns(label, camera, domain)

@@ -62,7 +62,7 @@ def time_limit(
     seconds: float,         # how long the code inside may take
     what: str, remedy: str, # the words of the error if it takes longer
 ):
-    "Stop code that takes longer. It works in the main thread, not on Windows, and where no other timer is set."
+    "Stop code that takes longer. It works only in the main thread, not on Windows, and if no other timer is set."
     def stop(*_):
         raise DomainMixError(what, remedy)
     possible = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()

@@ -142,7 +142,7 @@ def embed_images(
     precision: str = "auto",      # as for `core.autocast`
     feature: str = "neck",        # after the BN neck, or 'raw', before it
 ) -> Tensor:                      # (N, D) float32 on the device, of length one
-    "Features of all images in eval mode. Of several processes each computes one slice; all of them get all features."
+    "Features of all images in eval mode. With several processes, each computes a slice, and all get all features."
     was_training = net.training
     features = []
     net.eval()

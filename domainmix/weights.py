@@ -80,7 +80,7 @@ def _download(url: str, path: Path) -> None:
 
 # %% ../nbs/23_weights.ipynb #e03c73ad
 def _fetch(name: str) -> Path:
-    "The published file for backbone `name`, from torch's cache or the network."
+    "The published file for backbone `name`, from torch's cache or the internet."
     folder = Path(torch.hub.get_dir())/"checkpoints"
     if name in OSNET_FILES:
         path = folder/OSNET_FILES[name]
@@ -99,7 +99,7 @@ def _fetch(name: str) -> Path:
 
 # %% ../nbs/23_weights.ipynb #89d45bfc
 def _timm_weights(name: str) -> dict[str, Tensor]:
-    "The pretrained weights of timm's network `name`, from its cache or the network."
+    "The pretrained weights of timm's network `name`, from its cache or the internet."
     import timm
     about = timm.get_pretrained_cfg(name)
     if about is None or not about.has_weights:

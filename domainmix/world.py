@@ -1098,14 +1098,14 @@ def render_sightings(
 # %% ../nbs/10_world.ipynb #205d0be9
 def draw_domain(
     style: DomainStyle,                  # what the domain is like
-    seed: int,                           # another seed gives other people before other cameras
+    seed: int,                           # another seed gives other people and other cameras
     size: tuple[int, int] = (64, 32),    # rows and columns of an image
     device: str | torch.device = "cpu",  # where to draw; the random numbers are always drawn on the CPU
     name: str = "",                      # of the domain: two domains with one seed and different names are different
     sightings: dict | None = None,       # which camera sees whom; None: `sample_sightings` draws it
     **kw,                                # chunk, progress, paint: see `render_sightings`
 ) -> Domain:
-    "Draw people of a style before cameras of a style."
+    "Draw the images of a domain: its people, as its cameras see them."
     check_style(style, size)
     def stream(part):
         return generator(seed, "world", name, part)
