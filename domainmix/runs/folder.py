@@ -152,7 +152,7 @@ def lost_results(
     stages: list[Stage],  # the plan
     labels_only: bool = False,  # is the plan made for labels alone?
 ) -> list[str]:
-    "The results of stage 2 or later that another run in this folder would replace, as lines of text."
+    "What another run in this folder would replace, as lines of text; nothing if the folder has only labels."
     if not has_later_stages(home, []) and not (home/"metrics.json").is_file(): return []
     record = to_jsonable(record)
     lines = _lost_images(old, record, labels_only)

@@ -455,7 +455,7 @@ def write_tensorboard(
 
 # %% ../../nbs/runs/06_history.ipynb #73ed1544
 class LiveTensorBoard:
-    "A second listener of a run's log that writes what is reported for TensorBoard."
+    "Writes each new line of a run's log to TensorBoard, while it is open."
     def __init__(self, home: str | Path):  # the run's folder, or the table's
         self.home, self.writer, self.writers = Path(home), summary_writer(), {}
 
