@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import domainmix
-from domainmix.checkpoint import StageEpochs
+from domainmix.checkpoint import StageSteps
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 PACKAGE = str(Path(domainmix.__file__).parent)
@@ -178,7 +178,7 @@ def gpu(free: int = 2**36,                       # bytes of its memory; images t
         capability: tuple[int, int] = (7, 5)     # from (8, 0) on it multiplies bf16, which many CPUs are very slow at
        ):
     "Inside, there is a GPU; gives the `Pretend` that watches it."
-    mode, run, steps, autocast = Pretend(), threading.Thread.run, StageEpochs.steps, torch.autocast
+    mode, run, steps, autocast = Pretend(), threading.Thread.run, StageSteps.steps, torch.autocast
 
     def watched(thread):
         with mode: run(thread)
@@ -194,7 +194,7 @@ def gpu(free: int = 2**36,                       # bytes of its memory; images t
 
     with contextlib.ExitStack() as inside:
         for where, changes in ((torch.cuda, pretended(free, capability)), (torch, dict(Generator=Stream, autocast=Autocast)),
-                               (threading.Thread, dict(run=watched)), (StageEpochs, dict(steps=counted))):
+                               (threading.Thread, dict(run=watched)), (StageSteps, dict(steps=counted))):
             for name, value in changes.items(): inside.enter_context(patch.object(where, name, value))
         for check in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):     # would ask the driver
             if hasattr(torch.optim.Optimizer, check): inside.enter_context(patch.object(torch.optim.Optimizer, check, lambda _: None))

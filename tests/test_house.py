@@ -17,7 +17,6 @@ import style
 from sync import ROOT, cleaned, exported, is_clean, modules, notebooks, place
 
 LONGEST_CELL = 25                # lines of an exported cell
-LONG_CELLS = {"29_checkpoint": 40}   # three classes that are not yet taken apart
 LONGEST_MODULE = 440             # lines that are neither blank nor a marker of the export
 LONG_MODULES = {"world", "cli", "layouts"}   # people, commands, and the layouts of four data sets
 LARGEST_OUTPUT = 400_000         # characters of one saved output
@@ -92,7 +91,7 @@ def test_notebook_opens_with_a_title_and_why(path):
 @each_notebook
 def test_cells_are_short_and_narrow(path):
     found = style.measure(path)
-    assert max(found.cell_lines, default=0) <= LONG_CELLS.get(found.name, LONGEST_CELL), f"a defining cell has {max(found.cell_lines)} lines"
+    assert max(found.cell_lines, default=0) <= LONGEST_CELL, f"a defining cell has {max(found.cell_lines)} lines"
     assert not found.long_lines, f"lines of over {style.COLUMNS} columns:\n" + "\n".join(found.long_lines)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_STAGES', 'LOSS_TERMS', 'LABEL_METRICS', 'METRICS', 'COUNT_METRICS', 'DIAGRAM_ARROWS', 'cluster_sizes',
            'reliability_scatter', 'read_log', 'loss_names', 'loss_curves', 'label_curves', 'probe_curve',
-           'domain_curves', 'score', 'summarise', 'percent', 'method_table', 'pipeline_diagram']
+           'domain_curves', 'score', 'summarise', 'method_table', 'pipeline_diagram']
 
 # %% ../../nbs/views/03_charts.ipynb #67574e27
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core import DomainMixError, generator
 from ..files import load_jsonl
+from ..runs.tables import mean_and_std, percent_text
 from domainmix.views.figures import (
     BACKGROUND, FIXED_COLOURS, GREY, LINE_COLOUR, MARKERS, OKABE_ITO, TEXT_COLOUR, _figure_class, _get_axes,
     _legend, colours, escape_text, is_number, panels, style_axes,
@@ -312,30 +313,19 @@ def score(row: dict, metric: str) -> float | None:
     value = flat.get(plain(metric))
     return float(value) if is_number(value) else None
 
-# %% ../../nbs/views/03_charts.ipynb #94c83dca
-def _mean_and_sd(values: Sequence[float]) -> tuple[float, float, int]:
-    "Mean, standard deviation (nan for one value), and the number of values."
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-    return float(np.mean(values)), sd, len(values)
-
 # %% ../../nbs/views/03_charts.ipynb #6a706f16
 def summarise(
     rows: Sequence[dict],  # one per run: method, seed, scores as fractions
-) -> dict[str, dict[str, tuple[float, float, int]]]:  # method -> metric -> (mean, sd or nan, runs)
+) -> dict[str, dict[str, tuple[float, float | None, int]]]:  # method -> metric -> (mean, deviation if any, runs)
     "Mean and standard deviation of every score over the runs of each method."
     table = {}
     for name in dict.fromkeys(str(r["method"]) for r in rows):
         runs = [r for r in rows if str(r["method"]) == name]
         scores = {m: [score(r, m) for r in runs] for m in METRICS | COUNT_METRICS}
         known = {m: [v for v in values if v is not None] for m, values in scores.items()}
-        table[name] = {m: _mean_and_sd(values) for m, values in known.items() if values}
+        table[name] = {m: (*mean_and_std(values), len(values)) for m, values in known.items() if values}
     if not table: raise DomainMixError("there are no runs to show", "run at least one method")
     return table
-
-# %% ../../nbs/views/03_charts.ipynb #5adaa29f
-def percent(mean: float, sd: float = float("nan")) -> str:
-    "'52.0 ± 2.8', or '52.0' if there is no standard deviation."
-    return f"{100 * mean:.1f}" + (f" ± {100 * sd:.1f}" if np.isfinite(sd) else "")
 
 # %% ../../nbs/views/03_charts.ipynb #40b4d0b2
 def _draw_runs(ax, runs: list[tuple[int, int, float]]):
@@ -347,14 +337,14 @@ def _draw_runs(ax, runs: list[tuple[int, int, float]]):
     ax.scatter([r[2] for r in runs], [r[1] for r in runs], s=20, **style)
 
 # %% ../../nbs/views/03_charts.ipynb #a2ff66d4
-def _draw_mean(ax, y: int, mean: float, sd: float):
+def _draw_mean(ax, y: int, mean: float, sd: float | None):
     "Mean, standard deviation and their numbers, in the row of a method."
-    if np.isfinite(sd):
+    if sd is not None:
         band = [100 * (mean - sd), 100 * (mean + sd)]
         ax.plot(band, [y, y], color=OKABE_ITO["sky"], alpha=.55, linewidth=8, solid_capstyle="butt", zorder=2)
     style = dict(marker="D", color=FIXED_COLOURS["B"], edgecolor=BACKGROUND, linewidth=.8, zorder=4)
     ax.scatter(100 * mean, y, s=52, **style)
-    ax.annotate(percent(mean, sd), (1, y), (6, 0), xycoords=("axes fraction", "data"), va="center", fontsize=8.5,
+    ax.annotate(percent_text((mean, sd)), (1, y), (6, 0), xycoords=("axes fraction", "data"), va="center", fontsize=8.5,
                 textcoords="offset points", color=TEXT_COLOUR, annotation_clip=False)
 
 # %% ../../nbs/views/03_charts.ipynb #57f96f35

@@ -29,8 +29,9 @@ from ..files import load_json, load_jsonl, write_atomic
 from ..images import load_images
 from ..runs.inputs import open_dataset
 from ..runs.settings import METHODS, RunConfig, dataset_specs, load_config
+from ..runs.tables import percent_text
 from .charts import (
-    COUNT_METRICS, METRICS, cluster_sizes, label_curves, loss_curves, method_table, percent, pipeline_diagram,
+    COUNT_METRICS, METRICS, cluster_sizes, label_curves, loss_curves, method_table, pipeline_diagram,
     probe_curve, summarise)
 from .figures import encode_figure
 from .maps import embedding_plots
@@ -64,7 +65,7 @@ def _cell_text(scores: dict, metric: str) -> str:
     "A cell of the results table: a mean, and a standard deviation if there are several runs."
     if metric not in scores: return "–"
     mean, sd, _ = scores[metric]
-    text = f"{mean:,.0f}" if metric in COUNT_METRICS else percent(mean, sd)
+    text = f"{mean:,.0f}" if metric in COUNT_METRICS else percent_text((mean, sd))
     mean, _, sd = text.partition(" ± ")
     return mean + (f' <span class="sd">± {sd}</span>' if sd else "")
 

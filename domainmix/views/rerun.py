@@ -24,8 +24,9 @@ from typing import Any
 from ..checkpoint import setting_differences
 from ..core import DomainMixError, to_jsonable
 from ..files import load_json, save_json
-from ..runs.history import LISTED_SCORES, SCORE_NAMES, compare, outcome_settings, percent_text
+from ..runs.history import LISTED_SCORES, SCORE_NAMES, compare, outcome_settings
 from ..runs.settings import METHODS, check_run_name, load_config
+from ..runs.tables import percent_text
 from .charts import loss_curves
 from .results import Results
 from .widgets import View, import_ipywidgets, with_label
