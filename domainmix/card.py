@@ -242,7 +242,7 @@ def card_output(
     net: ReIDNet,
     feature_config: RunConfig,  # how features are made
 ) -> dict:
-    "What the numbers mean."
+    "What the network's output is: its shape, its type, and how the feature was made."
     mirrored = "inside the graph: the average of an image and its mirror image"
     return {"name": "features", "type": "float32", "shape": ["batch", net.feature_dim],
             "length": "1: the scalar product of two is their cosine",

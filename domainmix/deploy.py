@@ -56,7 +56,7 @@ class SplitNorm(nn.Module):
 def to_standard_layers(
     net: nn.Module,  # any network
 ) -> nn.Module:  # on the CPU, in eval mode
-    "A copy made of standard layers alone."
+    "A copy that consists of standard layers only."
     net = from_domain_bn(net)    # a copy
     for name, part in list(net.named_modules()):
         if isinstance(part, IBN):

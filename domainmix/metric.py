@@ -32,7 +32,7 @@ def within_scatter(
 # %% ../nbs/51_metric.ipynb #6840678a
 def learn_metric(
     features: torch.Tensor | np.ndarray,  # (N, D), of unlabelled images
-    camera: np.ndarray | None = None,     # int (N,), -1 where unknown; its mean is subtracted before clustering
+    camera: np.ndarray | None = None,     # int (N,), -1 unknown; before clustering, each camera's mean is subtracted
     label: np.ndarray | None = None,      # int (N,), -1 for none; None: clusters of these features
     ridge: float = 10.,                   # lambda, in mean eigenvalues
     axes: int = 128,                      # directions to keep, those with most scatter

@@ -135,7 +135,7 @@ def check_choice(
 
 # %% ../../nbs/runs/00_settings.ipynb #858b81a5
 def backbone_settings(backbone: str) -> dict:
-    "The settings that a backbone brings; a network of timm is trained as the paper trains ResNet-50."
+    "The preset of a backbone; a network of timm is trained as the paper trains ResNet-50."
     if not isinstance(backbone, str):
         known = ", ".join(BACKBONE_SETTINGS)
         raise DomainMixError(f"backbone is {backbone!r:.80}", f"give one of {known}, or timm:NAME")
@@ -208,14 +208,14 @@ def dataset_specs(
 
 # %% ../../nbs/runs/00_settings.ipynb #bc189740
 def inherit_settings(config: RunConfig) -> RunConfig:
-    "The config with its precision, memory layout and form of Adam in every stage, where they are given for the run."
+    "The config with the precision, memory layout and form of Adam of the run in every stage, unless they are auto."
     given = {name: getattr(config, name) for name in INHERITED}
     changes = {f"{s}.{name}": value for s in TRAINING_SECTIONS for name, value in given.items() if value != "auto"}
     return with_overrides(config, changes)
 
 # %% ../../nbs/runs/00_settings.ipynb #4685f159
 def _check_architecture(config: RunConfig) -> None:
-    "Refuse a network that is not the backbone's."
+    "Refuse a `net.name` that differs from `backbone`."
     if config.net.name == config.backbone: return
     raise DomainMixError(
         f"the backbone is {config.backbone!r} and net.name is {config.net.name!r}",
@@ -224,7 +224,7 @@ def _check_architecture(config: RunConfig) -> None:
 
 # %% ../../nbs/runs/00_settings.ipynb #8a93b350
 def _check_method(config: RunConfig, method: Method, labeller: str) -> None:
-    "Refuse a loss or a labeller that is not the method's."
+    "Refuse a loss or a labeller that differs from that of the method."
     loss = method.loss
     if loss and config.stage3.loss not in (loss, DomainConfig().loss):
         raise DomainMixError(

@@ -288,7 +288,7 @@ def measure_domain_probe(
     inputs: Inputs, net: ReIDNet, seed: int = 0,
     **use: Any,  # options of `extract_features`; for a run: `feature_options`
 ) -> float:
-    "The share of held-out people whose domain a linear probe finds; with two domains 0.5 is chance."
+    "The share of images of held-out people whose domain a linear probe predicts; with two domains 0.5 is chance."
     a, b, features, pids = inputs.synthetic, inputs.real, [], []
     domains = [(a, np.arange(len(a.images)))]
     domains += [(b, np.flatnonzero(inputs.real_domain == d)) for d in np.unique(inputs.real_domain)]
