@@ -24,7 +24,8 @@ from .core import DomainMixError, to_dict
 from .files import load_dict, load_json, weights_metadata
 from .images import MEAN, STD
 from .inference import containing_run, find_net, model_name
-from .layouts import LAYOUTS, leaves_folder
+from .layouts import LAYOUTS
+from .readers import leaves_folder
 from .runs.settings import META_KEYS, RESULT_NEUTRAL, RunConfig, dataset_specs
 
 # %% ../nbs/61_card.ipynb #7b762b08

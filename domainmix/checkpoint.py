@@ -73,8 +73,7 @@ class EpochSums(LossSums):
         self.clock()
 
     def flush(self) -> bool:
-        "Add the terms that are not added yet: none here, see `Meter`."
-        return True
+        return True    # nothing is pending here: see `Meter`
 
     def clock(self) -> None:
         "Measure the speed from now on."

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from domainmix.files import load_json, load_jsonl, locked, save_json, save_weights
-from domainmix.layouts import write_market1501, write_msmt17, write_randperson
+from domainmix.readers import write_market1501, write_msmt17, write_randperson
 from domainmix.world import toy_domain
 from forks import Forks
 

@@ -11,16 +11,17 @@ import torch
 from hypothesis import assume, given, settings, strategies as st
 from PIL import Image
 
-from domainmix import datasets, layouts, records
+from domainmix import datasets, layouts, readers, records
 from domainmix.batches import (
     AugmentConfig, PKSampler, TrainSet, augment, flip_and_shift, augmentation_numbers, erase_boxes, train_set, union,
 )
 from domainmix.images import load_images, normalise
 from domainmix.core import DomainMixError, expect_error, generator
 from domainmix.records import DataSet, Records, find_images
-from domainmix.layouts import (
-    merge_splits, read_market1501, read_msmt17, read_randperson, guess_layouts, write_cuhk03np, write_market1501,
-    write_msmt17, write_randperson,
+from domainmix.layouts import guess_layouts
+from domainmix.readers import (
+    merge_splits, read_market1501, read_msmt17, read_randperson, write_cuhk03np, write_market1501, write_msmt17,
+    write_randperson,
 )
 from domainmix.datasets import read_dataset, read_folder
 
@@ -195,7 +196,7 @@ def test_published_counts_do_not_warn():
 
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(Exception):
-        layouts.write_images(tmp_path / "set", ["a.jpg", "b.unknown"], pictures(2))
+        readers.write_images(tmp_path / "set", ["a.jpg", "b.unknown"], pictures(2))
     assert list(tmp_path.iterdir()) == []
     write_market1501(tmp_path / "set", pictures(2), [1, 2], [0, 0])
     expect_error(lambda: write_market1501(tmp_path / "set", pictures(2), [1, 2], [0, 0]), "not empty")

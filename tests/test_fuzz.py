@@ -37,7 +37,7 @@ from domainmix.runs.folder import Stage, run_stage
 from domainmix.core import DomainMixError, expect_error, to_dict
 from domainmix.files import load_json, save_json, save_weights
 from domainmix.datasets import read_dataset, read_folder
-from domainmix.layouts import read_msmt17, write_market1501, write_msmt17
+from domainmix.readers import read_msmt17, write_market1501, write_msmt17
 
 TIMES = float(os.environ.get("DOMAINMIX_FUZZ", 1))
 COUNTED = Counter()     # examples by target

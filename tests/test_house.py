@@ -18,7 +18,7 @@ from sync import ROOT, cleaned, exported, is_clean, modules, notebooks, place
 
 LONGEST_CELL = 25                # lines of an exported cell
 LONGEST_MODULE = 440             # lines that are neither blank nor a marker of the export
-LONG_MODULES = {"world", "cli", "layouts"}   # people, commands, and the layouts of four data sets
+LONG_MODULES = {"world"}
 LARGEST_OUTPUT = 400_000         # characters of one saved output
 LARGEST_NOTEBOOK = 1_000_000     # bytes
 LARGEST_SUM = 12_000_000         # bytes of all notebooks together

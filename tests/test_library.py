@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import domainmix
-from domainmix.layouts import write_images
+from domainmix.readers import write_images
 from domainmix.runs.settings import TINY_SETTINGS, configure
 from domainmix.world import toy_domain
 from sync import ROOT

@@ -35,7 +35,7 @@ from ..bodies import BackboneConfig
 from ..classifier import ClassifierNet
 from ..core import DomainMixError, bf16_is_fast, generator, pick_device
 from ..images import MEAN, STD, load_images
-from ..layouts import read_market1501, write_market1501
+from ..readers import read_market1501, write_market1501
 from ..loading import BatchLoader, fetch_batch, to_device_if_fits
 from ..optimiser import adam
 from ..records import Records
