@@ -1300,6 +1300,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                        'domainmix.runs.tables.table_text': ('runs/tables.html#table_text', 'domainmix/runs/tables.py')},
             'domainmix.schedule': { 'domainmix.schedule.DomainConfig': ('schedule.html#domainconfig', 'domainmix/schedule.py'),
                                     'domainmix.schedule.TrainConfig': ('schedule.html#trainconfig', 'domainmix/schedule.py'),
+                                    'domainmix.schedule.TrainSchedule': ('schedule.html#trainschedule', 'domainmix/schedule.py'),
                                     'domainmix.schedule.discriminator_turns': ( 'schedule.html#discriminator_turns',
                                                                                 'domainmix/schedule.py'),
                                     'domainmix.schedule.lr_schedule': ('schedule.html#lr_schedule', 'domainmix/schedule.py'),

@@ -25,12 +25,12 @@ from .records import Records
 # %% ../nbs/16_batches.ipynb #c961efd1
 @dataclass
 class AugmentConfig:
-    "What may happen to a training image."
-    flip: float = 0.5  # probability of a mirror image
+    "Random changes of a training image."
+    flip: float = 0.5  # probability that an image is mirrored
     pad: int = 10      # pixels of black border for an image of 256 rows; scales with the height
-    erase: float = 0.5 # probability of an erased rectangle
-    erase_area: tuple[float, float] = (0.02, 0.4)    # its share of the image, from - to
-    erase_aspect: tuple[float, float] = (0.3, 3.33)  # its height / width, from - to
+    erase: float = 0.5  # probability that a rectangle is erased
+    erase_area: tuple[float, float] = (0.02, 0.4)    # area of the rectangle as a share of the image: least, most
+    erase_aspect: tuple[float, float] = (0.3, 3.33)  # height / width of the rectangle: least, most
 
     def __post_init__(self):
         for name in ("flip", "erase"):

@@ -126,14 +126,14 @@ def timm_body(
 @dataclass
 class BackboneConfig:
     "Which network, and its initial weights."
-    name: str = "small"      # small, resnet50, resnet50_ibn, osnet, osnet_ibn, osnet_x0_25, osnet_ibn_x0_25, timm:NAME
-    width: int = 32          # small: channels of the first stage
-    stripes: int = 4         # horizontal averages that make the feature, without parts; 1 is one global average
-    ibn: bool = True         # small: IBN in the first three stages
-    last_stride: int = 1     # small and resnet50: of the last stage; 1 keeps the map tall
-    weights: str = "none"    # none, imagenet, or a file (.safetensors or .pth)
-    view: Literal["whole", "person", "both"] = "whole" # the whole image, the person cut out, or both (two bodies)
-    parts: bool = False      # the network gets maps of the body parts, and averages over these in place of stripes
+    name: str = "small"      # architecture: small, resnet50[_ibn], osnet[_ibn][_x0_25] or timm:NAME; --backbone sets it
+    width: int = 32          # small: number of channels of the first stage
+    stripes: int = 4         # horizontal stripes whose averages make the feature, without parts; 1: one global average
+    ibn: bool = True         # small: instance and batch norm together (IBN) in the first three stages
+    last_stride: int = 1     # small and resnet50: stride of the last stage; 1 keeps the map tall
+    weights: str = "none"    # initial weights: none, imagenet, or a file (.safetensors or .pth)
+    view: Literal["whole", "person", "both"] = "whole"  # input: whole image, person cut out, or both (two bodies)
+    parts: bool = False      # give the network maps of the body parts, and average over these in place of stripes
 
 # %% ../nbs/22_bodies.ipynb #330b751c
 def _init_weights(net: nn.Module, seed: int, *whose) -> None:

@@ -131,11 +131,9 @@ def parse_command(
         flags = [FIRST_FLAGS[name], *flags]
     default = default_arguments(kind, changes, flags)
     more = {} if default is None else {"default": default}
-    marks = [tyro.conf.FlagCreatePairsOff]
-    if kind is CompareCommand:
-        marks.append(tyro.conf.PositionalRequiredArgs)
+    marks = (tyro.conf.PositionalRequiredArgs,) if kind is CompareCommand else ()
     flags = merge_repeated_flag(flags, "real")
-    return action, tyro.cli(kind, prog=f"domainmix {name}", args=flags, config=tuple(marks), **more)
+    return action, tyro.cli(kind, prog=f"domainmix {name}", args=flags, config=marks, **more)
 
 # %% ../nbs/80_cli.ipynb #606f8bc0
 def run_command(

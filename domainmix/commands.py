@@ -56,14 +56,16 @@ class RunCommand(RunConfig):
 @dataclass
 class TableCommand(RunCommand):
     "Several methods with several seeds: mean and standard deviation."
-    methods: tuple[str, ...] = DEFAULT_METHODS # which methods to compare
-    seeds: int | None = None         # the number of seeds: 0, 1, ...; None: those of the config file, else 3
+    methods: tuple[str, ...] = DEFAULT_METHODS  # methods to compare; the values are those of --method
+    seeds: int | None = None         # how many seeds: 0, 1, ...; None: those of the config file, else 3
 
 # %% ../nbs/79_commands.ipynb #9466d94b
 @dataclass
 class LabelCommand(RunCommand):
     "Pseudo labels for B alone, as a table on disk."
-    out: str | None = None     # copy the table here (.csv)
+    target: str | None = None          # not used by label; `domainmix run` tests on it
+    target_pattern: str | None = None  # not used by label
+    out: str | None = None             # copy the table here (.csv)
 
 # %% ../nbs/79_commands.ipynb #d71fc7f3
 @dataclass(kw_only=True)
@@ -71,9 +73,9 @@ class FeatureCommand:
     "How a trained network makes features, and where."
     backbone: str | None = None     # the architecture, for a file without it, as in `domainmix run`
     skip_bad: bool = False          # leave unreadable images out, and count them
-    feature: Literal["neck", "raw"] | None = None  # after the BN neck, or before it; None: as the model's run did
-    flip: bool | None = None        # average an image and its mirror image; None: as the model's run did
-    device: str = "auto"            # auto, cpu, cuda
+    feature: Literal["neck", "raw"] | None = None  # after (neck) or before (raw) the BN neck; None: as the model's run
+    flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run
+    device: str = "auto"            # where to compute: auto, cpu or cuda
     data: str = "data"              # the folder with runs/ and the decoded images
 
 # %% ../nbs/79_commands.ipynb #8ce03061
@@ -84,14 +86,14 @@ class EvaluateCommand(FeatureCommand):
     target: str                     # the data set to test on: market1501:DIR, folder:DIR with a pattern, world, ...
     pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera
     centre_cameras: bool = False    # subtract the mean feature of each camera: needs all images at once, no labels
-    rerank: bool = False            # also order by k-reciprocal neighbours; published comparisons do without
+    rerank: bool = False            # also order by k-reciprocal neighbours, which published comparisons leave out
     out: str | None = None          # also write the scores to this file (.json)
 
 # %% ../nbs/79_commands.ipynb #0ff7d96d
 @dataclass
 class EmbedCommand(FeatureCommand):
     "Features of all images of a folder or data set."
-    images: str                     # folder:DIR, market1501:DIR, ...
+    images: str                     # images to embed: folder:DIR, market1501:DIR, world, ...
     model: str | None = None        # a run's name or folder, a stage's folder, or a .safetensors file
     onnx: str | None = None         # instead of --model: an exported model.onnx, or its folder, run by onnxruntime
     out: str = "features.npy"       # float32 (N, D), one row for each image; the paths are written to a .csv beside it
@@ -101,9 +103,9 @@ class EmbedCommand(FeatureCommand):
 class TuneCommand(FeatureCommand):
     "Learn a metric for a trained network's features from unlabelled images, in seconds, without training."
     model: str                      # a run's name or folder, a stage's folder, or a .safetensors file
-    images: str                     # unlabelled, of real cameras: folder:DIR, market1501:DIR, ...
-    out: str = "tuned.safetensors"  # the network with its metric, for evaluate, embed and export
-    ridge: float = 10.              # smaller: what varies within a person counts less
+    images: str                     # unlabelled images of real cameras: folder:DIR, market1501:DIR, ...
+    out: str = "tuned.safetensors"  # file for the network with its metric, for evaluate, embed and export
+    ridge: float = 10.              # regularisation; smaller: what varies within a person counts less
     pattern: str | None = None      # for folder: sets: a regular expression with a group camera
 
 # %% ../nbs/79_commands.ipynb #fe2db4d5
@@ -112,11 +114,11 @@ class ExportCommand:
     "Write a trained network as ONNX and torch.export, with a card that describes it."
     model: str                      # a run's name or folder, a stage's folder, or a .safetensors file
     out: str                        # the folder to make: model.onnx, model.pt2, card.json
-    formats: tuple[Literal["onnx", "torch"], ...] = ("onnx", "torch")  # which files
+    formats: tuple[Literal["onnx", "torch"], ...] = ("onnx", "torch")  # files to write: model.onnx, model.pt2 (torch)
     tolerance: float = 1e-4         # the largest difference from PyTorch's features that is allowed
     backbone: str | None = None     # the architecture, for a file without it, as in `domainmix run`
-    feature: Literal["neck", "raw"] | None = None  # after the BN neck, or before it; None: as the model's run did
-    flip: bool | None = None        # average an image and its mirror image; None: as the model's run did
+    feature: Literal["neck", "raw"] | None = None  # after (neck) or before (raw) the BN neck; None: as the model's run
+    flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run
     data: str = "data"              # the folder with runs/
 
 # %% ../nbs/79_commands.ipynb #2933227c
@@ -125,7 +127,7 @@ class ReportCommand:
     "A run's clusters, maps, rankings and losses as one page that a browser opens offline."
     run: str                        # a run's or a table's name or folder
     out: str | None = None          # the file to write; None: report.html in the run's folder, or notebooks.html
-    seed: int | None = None         # of a table; None: its first seed
+    seed: int | None = None         # the seed of a table whose run is shown; None: its first seed
     notebooks: bool = False         # execute the companion notebooks, and make a page of their outputs
     companions: str | None = None   # the folder of the companion notebooks; None: nbs/ of the checkout
     data: str = "data"              # the folder with runs/
@@ -134,16 +136,16 @@ class ReportCommand:
 @dataclass
 class PresetsCommand:
     "List the presets: the cells of the paper's tables."
-    word: str = ""                  # only those whose name contains it
+    word: str = ""                  # list only presets whose name contains this word
 
 # %% ../nbs/79_commands.ipynb #edc3c44b
 @dataclass
 class TablesCommand:
     "Run a whole table of presets and seeds, and print it beside the paper's figures."
     table: str                      # table1, table2, table3, world1, or a JSON file with name, presets, seeds, settings
-    seeds: int | None = None        # the number of seeds: 0, 1, ...; None: those of the table
+    seeds: int | None = None        # how many seeds: 0, 1, ...; None: those of the table
     update: bool = False            # if a run's folder has other settings: repeat the stages that they concern
-    device: str = "auto"            # auto, cpu, cuda
+    device: str = "auto"            # where to compute: auto, cpu or cuda
     data: str = "data"              # the folder with the data sets and runs/
 
 # %% ../nbs/79_commands.ipynb #2a86bb68
@@ -165,33 +167,33 @@ class CompareCommand:
 @dataclass
 class BenchCommand:
     "Time stage 1, evaluation, input and training step of this package beside the usual way, on this machine."
-    what: tuple[str, ...] = tuple(SUITES) # which: stage1, ranking, growth, shortlist, input, step
-    n: int = 12936                  # images of stage1 and shortlist
-    dim: int = 2048                 # length of a feature
-    methods: tuple[str, ...] = ("auto",)  # to find neighbours: auto, fp32, bf16, int8, faiss, pca
-    queries: int = 3368             # of ranking
-    gallery: int = 15913
-    sizes: tuple[int, ...] = (2000, 4000, 8000, 16000, 32621, 65000, 132145) # of growth
-    growth_dim: int = 256
-    dense: bool = True              # also time the dense way: minutes, and memory for some N x N matrices
-    images: int = 320               # of input: synthetic images, written as JPEG files
-    height: int = 256               # of the images of input and step, pixels
-    width: int = 128
-    input_batch: int = 64           # images of a batch of input
-    batch: int = 8                  # images of a training step; on a GPU 64 and more
-    backbone: str = "resnet50"      # of step, as in `domainmix run`
-    ways: tuple[str, ...] = tuple(STEP_VARIANTS) # to take a step: usual, channels_last, bf16, compiled
+    what: tuple[str, ...] = tuple(SUITES)  # what to time: stage1, ranking, growth, shortlist, input, step
+    n: int = 12936                  # number of images in stage1 and shortlist
+    dim: int = 2048                 # length of a feature in stage1, ranking and shortlist
+    methods: tuple[str, ...] = ("auto",)  # stage1: how neighbours are found: auto, fp32, bf16, int8, faiss, pca
+    queries: int = 3368             # ranking: number of queries
+    gallery: int = 15913            # ranking: number of gallery images
+    sizes: tuple[int, ...] = (2000, 4000, 8000, 16000, 32621, 65000, 132145)  # growth: numbers of images
+    growth_dim: int = 256           # growth: length of a feature
+    dense: bool = True              # stage1: also time the dense way: minutes, and memory for some N x N matrices
+    images: int = 320               # input: number of synthetic images, as JPEG files
+    height: int = 256               # input and step: rows of an image
+    width: int = 128                # input and step: columns of an image
+    input_batch: int = 64           # input: images in a batch
+    batch: int = 8                  # step: images in a batch; on a GPU use 64 or more
+    backbone: str = "resnet50"      # step: the network, as in `domainmix run`
+    ways: tuple[str, ...] = tuple(STEP_VARIANTS)  # step: variants to time: usual, channels_last, bf16, compiled
     rounds: int = 5                 # how often each way is timed; input is timed three times as often
-    threads: int = 1                # of every library
-    device: str = "cpu"             # where our products and training steps run: cpu, cuda
-    out: str = "data/bench.json"    # the results
+    threads: int = 1                # threads of every library
+    device: str = "cpu"             # where this package computes, except in shortlist: cpu or cuda
+    out: str = "data/bench.json"    # file for the results (.json)
 
 # %% ../nbs/79_commands.ipynb #3c8f822b
 @dataclass
 class WorldCommand:
     "Make the synthetic world and write its three domains to disk, in the layouts of real data sets."
     out: str                        # the folder to make
-    world: WorldConfig = field(default_factory=WorldConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)  # the three domains A, B and C
 
 # %% ../nbs/79_commands.ipynb #03b9b03d
 def config_from_flags(args: RunCommand) -> RunConfig:

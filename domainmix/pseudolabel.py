@@ -110,14 +110,15 @@ def reliable_mask(
 # %% ../nbs/33_pseudolabel.ipynb #142013ab
 @dataclass
 class ClusterConfig:
-    "How neighbours become clusters; None: chosen by the number of images."
-    k1: int | None = None           # length of the neighbour lists; None: sqrt(N)/4, at least 8 and at most 30
-    k2: int | None = None           # rows averaged by local query expansion; None: k1/5, at least 3
+    "How neighbours become clusters; None: chosen from the number of images."
+    k1: int | None = None           # length of the neighbour lists; None: sqrt(images)/4, at least 8 and at most 30
+    k2: int | None = None           # neighbours averaged by local query expansion; None: k1/5, at least 3
     eps: float = 0.6                # largest Jaccard distance of two neighbours in DBSCAN
     eps_gap: float = 0.02           # how much smaller and larger eps is in the tight and loose clusterings
     min_samples: int | None = None  # neighbours of a core point, itself included; None: 4, or 3 if lists are short
     reliability: bool = True        # leave out images that the tight and loose clusterings contradict
-    neighbours: Literal["auto", "fp32", "bf16", "int8", "faiss", "pca"] = "auto"  # how they are found, see `knn`
+    # how neighbours are found: fp32, bf16, int8, faiss, pca (may miss some), or auto (the fastest that misses none)
+    neighbours: Literal["auto", "fp32", "bf16", "int8", "faiss", "pca"] = "auto"
 
     def resolved(self, n: int) -> "ClusterConfig":
         "The same settings for `n` images: every None is replaced, and the values are checked."

@@ -37,35 +37,37 @@ from .schedule import lr_schedule, set_lr
 @dataclass
 class SpCLSchedule:
     "How long stage 1 trains, on which batches, and with which learning rates."
-    epochs: int = 50
-    iterations: int = 800                # of an epoch
+    epochs: int = 50                     # number of epochs
+    iterations: int = 800                # training steps in each epoch
     p: int = 16                          # identities or clusters in a batch, from each domain
-    k: int = 4                           # images of each
-    lr: float = 3.5e-4
-    weight_decay: float = 5e-4
-    schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[int, ...] = (20, 40)  # 'step': epochs after which lr is divided by 10
-    warmup: float = 0.                   # epochs of linear increase
+    k: int = 4                           # images of each identity or cluster in a batch
+    lr: float = 3.5e-4                   # learning rate
+    weight_decay: float = 5e-4           # weight decay of Adam
+    schedule: Literal["step", "cosine"] = "step"  # step: lr falls at the milestones; cosine: it falls to 0
+    milestones: tuple[int, ...] = (20, 40)  # with schedule step: lr is divided by 10 after these epochs
+    warmup: float = 0.                   # epochs at the start in which lr increases linearly
 
 # %% ../nbs/34_spcl.ipynb #905d77dd
 @dataclass
 class SpCLConfig(SpCLSchedule):
     "Stage 1: adaptation by contrast with a memory bank; images are clustered again in every epoch."
-    temperature: float = 0.05            # of the similarities
-    momentum: float = 0.2                # share that a memory row keeps when it is updated
-    synthetic: bool = True               # are synthetic identities in the batches and in the memory?
-    outliers: Literal["class", "negative"] = "class"  # an image in no cluster is a class of its own, or only a negative
+    temperature: float = 0.05            # temperature of the similarities
+    momentum: float = 0.2                # share of its old value that a row of the memory bank keeps when it is updated
+    synthetic: bool = True               # train on the synthetic images too: in the batches and in the memory bank
+    # an image in no cluster is a class of its own (class), or only a negative of the other images (negative)
+    outliers: Literal["class", "negative"] = "class"
+    # how neighbours become clusters; None: chosen from the number of images
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    domain_bn: bool = True               # a batch norm for each domain; the result uses the real one
-    samples_per_bn: int | None = 16      # images that a batch norm sees at once; None: all
-    camera_centre: bool = False          # cluster features minus their camera's mean, if cameras are known
-    refresh: bool = False                # compute the real rows by the network in every epoch, not only in the first
-    flip: bool = False                   # features to cluster: average of an image and its mirror image
-    label_feature: Literal["neck", "raw"] = "neck"  # features for the final labels: after or before the BN neck
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    channels_last: Literal["auto", "on", "off"] = "auto"  # the channels of a pixel side by side in memory
-    fused: Literal["auto", "on", "off"] = "auto"         # Adam in one pass over memory; auto: if torch has it here
+    domain_bn: bool = True               # train a batch norm for each domain; the result has that of the real images
+    samples_per_bn: int | None = 16      # images that batch norm normalises together; None: the whole batch
+    camera_centre: bool = False          # if cameras are known: subtract the mean feature of each before clustering
+    refresh: bool = False                # compute the real rows of the memory bank again in every epoch
+    flip: bool = False                   # cluster the mean feature of an image and its mirror image
+    label_feature: Literal["neck", "raw"] = "neck"  # final labels by features after (neck) or before (raw) the BN neck
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # random changes of the training images
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # number format; auto: bf16 where the hardware supports it
+    channels_last: Literal["auto", "on", "off"] = "auto"  # channels of a pixel side by side in memory; auto: on
+    fused: Literal["auto", "on", "off"] = "auto"  # Adam in one pass over memory; auto: on where torch supports it
 
 # %% ../nbs/34_spcl.ipynb #c1274c5b
 def memory_scores(

@@ -113,28 +113,28 @@ def sample_colours(
 @dataclass(frozen=True)
 class DomainStyle:
     "What the images of a domain are like."
-    ids: int = 1500                              # identities
-    passers_by: float = 0.                       # share of them that only one camera sees, 1 to 3 times
-    cameras: int = 8                             # cameras
+    ids: int = 1500                              # number of identities
+    passers_by: float = 0.                       # share of identities that only one camera sees, 1 to 3 times
+    cameras: int = 8                             # number of cameras
     cameras_per_id: tuple[int, int] = (2, 5)     # fewest and most cameras that see one identity
     images_per_camera: tuple[int, int] = (2, 4)  # fewest and most images of an identity in one camera
-    scenes: int = 6                              # backgrounds of each camera
-    palette: str = "uniform"                     # colours of the clothes: a key of PALETTES
+    scenes: int = 6                              # number of backgrounds of each camera
+    palette: str = "uniform"                     # colours of the clothes: uniform, everyday or summer
     summer: float = .5                           # share of identities in short sleeves, half of them in shorts
-    matching: float = 0.                         # share whose trousers have the colour of the top
-    look_alikes: float = 0.                      # share who wear the clothes of the identity before them
-    saturation_loss: float = .8                  # largest loss of colour in a camera, 0 to 1
-    exposure: float = .15                        # sd of the log gain over cameras
-    cast: float = .04                            # sd of the log white balance over cameras
-    gamma: float = .1                            # sd of the log gamma over cameras
-    blur: tuple[float, float] = (-.5, .3)        # least and most; below 0 sharpens
-    noise: float = .004                          # mean sd of the sensor noise
-    vignette: float = .1                         # mean loss of light in the corners
-    light: float = .25                           # strongest light from one side
-    clutter: float = .6                          # boxes and bicycles in backgrounds, 0 to 1
-    bystanders: float = 1.                       # other people in backgrounds, 0 to 1
-    occluder: float = .08                        # share of tracklets behind a post
-    crop: float = .03                            # sd of the errors of bounding boxes, in image heights
+    matching: float = 0.                         # share of identities whose trousers have the colour of the top
+    look_alikes: float = 0.                      # share of identities in the clothes of the identity before them
+    saturation_loss: float = .8                  # largest loss of colour in a camera, 0 (none) to 1 (grey images)
+    exposure: float = .15                        # standard deviation over cameras of log(gain)
+    cast: float = .04                            # standard deviation over cameras of log(white balance)
+    gamma: float = .1                            # standard deviation over cameras of log(gamma)
+    blur: tuple[float, float] = (-.5, .3)        # least, most in a camera: 1 is a 3 x 3 mean, 0 none, below 0 sharper
+    noise: float = .004                          # mean standard deviation of the sensor noise; white is 1
+    vignette: float = .1                         # mean share of the light that is lost in the corners
+    light: float = .25                           # largest effect of light from one side, as a share of brightness
+    clutter: float = .6                          # amount of boxes and bicycles in the backgrounds, 0 to 1
+    bystanders: float = 1.                       # amount of other people in the backgrounds, 0 to 1
+    occluder: float = .08                        # share of tracklets in which a post hides part of the person
+    crop: float = .03                            # standard deviation of box errors, in image heights
 
 # %% ../nbs/10_world.ipynb #76319e06
 _SHARES = "passers_by", "summer", "matching", "look_alikes", "saturation_loss", "occluder", "clutter", "bystanders"
@@ -1136,8 +1136,8 @@ class WorldConfig:
     b: DomainStyle = STYLES["b"]  # stands for the real source: its labels are hidden from training
     c: DomainStyle = STYLES["c"]  # unseen target
     height: int = 64              # rows of an image
-    width: int = 32               # columns
-    seed: int = 0                 # another seed, another world
+    width: int = 32               # columns of an image
+    seed: int = 0                 # seed of the random numbers: another seed gives another world
     held_out: float = .1          # share of B's identities that are kept for its own test
 
 # %% ../nbs/10_world.ipynb #50ed3144

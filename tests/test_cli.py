@@ -352,6 +352,47 @@ def test_help_is_readable(domainmix):
     assert all(f in domainmix("run", "--help").out for f in ("--synthetic", "--real", "--target", "--run", "--backbone", "--seed", "--skip-bad", "--stage2.epochs"))
 
 
+NESTED = {"net", "pretrain", "spcl", "mmt", "plain", "stage2", "stage3", "world"}    # fields that are groups of flags
+
+
+def flag_texts(page):
+    "Flag -> its text in a help page, without the default."
+    texts, flag = {}, None
+    for line in re.sub(r"[─│╭╮╰╯]", " ", page).splitlines():
+        if re.match(r" {1,4}-{1,2}[a-zA-Z]", line):
+            invocation, _, rest = line.strip().partition("  ")
+            flag = re.split(r"[, ]", invocation)[0]
+            texts[flag] = rest.strip()
+        elif re.match(r" {6,}\S", line) and flag:
+            texts[flag] += " " + line.strip()
+        elif line.strip():
+            flag = None
+    return {flag: re.sub(r"\((default: .*|required)\)$", "", text.strip()).strip() for flag, text in texts.items()}
+
+
+def test_every_flag_has_a_text(domainmix):
+    from domainmix.commands import COMMANDS
+    for command, (kind, _, _) in COMMANDS.items():
+        texts = flag_texts(domainmix(command, "--help").out)
+        fields = set(kind.__dataclass_fields__) - NESTED
+        assert len(texts) > len(fields) - (2 if command == "compare" else 0), (command, texts)    # A and B have no flag
+        assert not [flag for flag, text in texts.items() if len(text) < 6], (command, texts)
+        fragments = [flag for flag, text in texts.items() if re.match(r"(of|to) |see `(?!domainmix )|[A-Z_]{4,}\b", text)]
+        assert not fragments, (command, fragments)
+
+
+def test_a_switch_has_two_forms():
+    from domainmix.cli import parse_command
+
+    def parsed(*argv): return parse_command(argv)[1]
+
+    assert parsed("run").flip and not parsed("run").skip_bad
+    assert parsed("run", "--flip").flip and not parsed("run", "--no-flip").flip
+    assert parsed("run", "--skip-bad").skip_bad and not parsed("run", "--no-skip-bad").skip_bad
+    assert parsed("run", "--net.ibn").net.ibn and not parsed("run", "--net.no-ibn").net.ibn
+    assert parsed("bench", "--dense").dense and not parsed("bench", "--no-dense").dense
+
+
 # ---- bad input
 
 def test_missing_folder(domainmix, flags):

@@ -37,17 +37,20 @@ from ..training import backbone_loss
 @dataclass
 class PlainConfig(TrainConfig):
     "Cluster, train on the clusters, cluster again. `balance` has no effect: there is one domain."
-    epochs: int = 40                     # each begins with a clustering, a new classifier and a new Adam
-    iterations: int = 400                # per epoch
-    milestones: tuple[int, ...] = ()     # 'step': epochs after which lr falls to a tenth
+    epochs: int = 40                     # number of epochs; each has a new clustering, classifier and Adam
+    iterations: int = 400                # training steps in each epoch
+    balance: Literal["union", "domain"] = "union"  # no effect: there is one domain
+    milestones: tuple[int, ...] = ()     # with schedule step: lr is divided by 10 after these epochs
     lambda_id: float = 1.                # weight of the identity loss
     smoothing: float = 0.1               # label smoothing of the identity loss
-    init_classifier: Literal["random", "means"] = "means"  # rows of the classifier at the start of an epoch
-    samples_per_bn: int | None = 16      # images that a batch norm sees at once; None: all
+    # rows of the classifier at the start of an epoch: random, or means (the mean feature of each class)
+    init_classifier: Literal["random", "means"] = "means"
+    samples_per_bn: int | None = 16      # images that batch norm normalises together; None: the whole batch
+    # how neighbours become clusters; None: chosen from the number of images
     cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(reliability=False))
-    camera_centre: bool = False          # cluster features without their camera's mean, where cameras are known
-    flip: bool = False                   # features to cluster: average of an image and its mirror image
-    label_feature: Literal["neck", "raw"] = "neck"  # feature for the final labels: after or before the BN neck
+    camera_centre: bool = False          # if cameras are known: subtract the mean feature of each before clustering
+    flip: bool = False                   # cluster the mean feature of an image and its mirror image
+    label_feature: Literal["neck", "raw"] = "neck"  # final labels by features after (neck) or before (raw) the BN neck
 
 # %% ../../nbs/baselines/00_clustering.ipynb #5c3be67b
 class AveragedNet:

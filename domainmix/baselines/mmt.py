@@ -33,10 +33,11 @@ from ..spcl import adapt_key, UnionBatches
 @dataclass
 class MMTConfig(PlainConfig):
     "Mutual mean-teaching: two networks, each taught by clusters and by the other's average."
-    ema: float = 0.999                   # decay of the averages, which are the teachers
+    ema: float = 0.999                   # decay of the moving averages of the weights, which are the teachers
     soft_id: float = 0.5                 # weight of the soft identity loss; the hard one has 1 - soft_id
     soft_triplet: float = 0.8            # weight of the soft triplet loss; the hard one has 1 - soft_triplet
-    batches: Literal["shared", "own"] = "shared"  # shared: both networks see the same images; own: each draws its own
+    # images of the two networks: shared (both have the same) or own (each network draws its own)
+    batches: Literal["shared", "own"] = "shared"
 
     def __post_init__(self):
         for name in ("soft_id", "soft_triplet"):

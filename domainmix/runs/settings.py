@@ -32,39 +32,42 @@ class InputConfig:
     real: str | tuple[str, ...] | None = None  # B, real, labels unused: folder:DIR, msmt17:DIR, world, ..., or several
     target: str | None = None     # C, unseen, to test on: market1501:DIR, msmt17:DIR, ..., or world; may be left out
     run: str = "run"              # name of the run; its folder is DATA/runs/RUN
-    method: str = "domainmix-db"  # only-a, directmix-initial, directmix, control, domainmix-kl, labelled, ...
-    seed: int = 0                 # the seed of all random numbers
+    # what is trained: only-a, directmix-initial, directmix, control, domainmix-db, domainmix-kl, domainmix-reverse,
+    # labelled, labelled-db, only-b, stage1, stage1-mmt or stage1-plain
+    method: str = "domainmix-db"
+    seed: int = 0                 # seed of all random numbers
     backbone: str = "small"       # small, resnet50[_ibn], osnet[_ibn][_x0_25] or timm:NAME; it brings its own settings
     height: int = 64              # rows of an image as the network sees it
     width: int = 32               # columns of an image as the network sees it
     pattern: str | None = None    # regular expression with groups pid and camera, for the file names of folder: sets
-    target_pattern: str | None = None  # the same for the target, if it differs
+    target_pattern: str | None = None  # the pattern of the target, if it is not that of --pattern
     skip_bad: bool = False        # leave unreadable images out, and count them
-    device: str = "auto"          # auto, cpu, cuda
-    precision: str = "auto"       # auto, fp32 or bf16
-    channels_last: Literal["auto", "on", "off"] = "auto"  # store the channels of a pixel next to each other in memory
-    fused: Literal["auto", "on", "off"] = "auto"  # fused Adam (one pass over memory); auto: where torch has it
+    device: str = "auto"          # where to compute: auto, cpu or cuda
+    precision: str = "auto"       # number format of all stages; fp32, bf16 or auto: bf16 where the hardware supports it
+    channels_last: Literal["auto", "on", "off"] = "auto"  # channels of a pixel side by side in memory; auto: on
+    fused: Literal["auto", "on", "off"] = "auto"  # Adam in one pass over memory; auto: on where torch supports it
     data: str = "data"            # folder of runs/, of the world and of the decoded images
 
 # %% ../../nbs/runs/00_settings.ipynb #99b8a8f7
 @dataclass
 class RunConfig(InputConfig):
     "Everything that decides what a run computes."
-    lower: int = 5       # Eq. (1): smallest cluster that is kept
-    upper: int = 120     # Eq. (1): largest cluster that is kept
+    lower: int = 5       # smallest cluster that is kept, in images: Eq. (1) of the paper
+    upper: int = 120     # largest cluster that is kept, in images: Eq. (1) of the paper
     labeller: Literal["spcl", "mmt", "plain"] = "spcl"  # stage 1: SpCL, mutual mean-teaching, or plain clustering
     start: Literal["stage0", "stage1"] = "stage0"       # the network that stage 2 starts from
-    feature: Literal["neck", "raw"] = "neck"  # evaluate on the feature after the BN neck, as in the paper, or before it
+    # features to evaluate: after the BN neck (neck, as in the paper) or before it (raw)
+    feature: Literal["neck", "raw"] = "neck"
     flip: bool = False       # evaluate on the mean feature of an image and its mirror image
     all_stages: bool = True  # evaluate the network of every stage, not only the last
     net: BackboneConfig = field(default_factory=BackboneConfig)  # the network
-    pretrain: TrainConfig = field(default_factory=TrainConfig)   # stage 0: on A alone, without pre-trained weights
-    spcl: SpCLConfig = field(default_factory=SpCLConfig)         # stage 1: pseudo labels for B, by SpCL
-    mmt: MMTConfig = field(default_factory=MMTConfig)            # stage 1 by MMT
-    plain: PlainConfig = field(default_factory=PlainConfig)      # stage 1 by clustering and fine-tuning
-    stage2: TrainConfig = field(default_factory=TrainConfig)     # stage 2: on A and B together
-    stage3: DomainConfig = field(default_factory=DomainConfig)   # stage 3: against the domain discriminator
-    world: WorldConfig = field(default_factory=WorldConfig)      # the embedded world, for a set called world
+    pretrain: TrainConfig = field(default_factory=TrainConfig)   # stage 0: training on A alone, if net.weights is none
+    spcl: SpCLConfig = field(default_factory=SpCLConfig)  # stage 1 by SpCL: pseudo labels for B (--labeller spcl)
+    mmt: MMTConfig = field(default_factory=MMTConfig)            # stage 1 by mutual mean-teaching (--labeller mmt)
+    plain: PlainConfig = field(default_factory=PlainConfig)  # stage 1 by clustering and fine-tuning (--labeller plain)
+    stage2: TrainConfig = field(default_factory=TrainConfig)     # stage 2: training on A and B together
+    stage3: DomainConfig = field(default_factory=DomainConfig)   # stage 3: training against the domain discriminator
+    world: WorldConfig = field(default_factory=WorldConfig)      # the embedded world, for a data set called world
 
 # %% ../../nbs/runs/00_settings.ipynb #293c3477
 RESULT_NEUTRAL = ("run", "data", "device", "version", "update", "fresh")  # settings that change no result
