@@ -443,9 +443,9 @@ EXAMPLE_SETTINGS = {
         "height": 32, "width": 16,
         "a": {"ids": 80}, "b": {"ids": 60, "images_per_camera": [3, 5]}, "c": {"ids": 40},
     },
-    "pretrain.epochs": 3, "pretrain.iterations": 40,
+    "pretrain.epochs": 3, "pretrain.iterations": 30,
     "spcl.epochs": 3, "spcl.iterations": 15,
-    "stage2.epochs": 3, "stage2.iterations": 25,
+    "stage2.epochs": 2, "stage2.iterations": 25,
     "stage3.epochs": 4, "stage3.iterations": 15,
 }
 
