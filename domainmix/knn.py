@@ -373,7 +373,7 @@ def _check_candidates(
     k: int,                      # neighbours wanted
     rough: torch.Tensor,         # (N, m), the largest approximate products
     column: torch.Tensor,        # (N, m), their columns
-    off: torch.Tensor | None,    # (N,), the largest error of the approximate products; None: no proof is wanted
+    off: torch.Tensor | None,    # (N,), the largest error of the approximate products; None: do not check the proof
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (N, k), (N, k), (rows without a proof,)
     "The `k` best candidates by exact products, and the rows whose list is not proven."
     everyone = torch.arange(len(x), device=x.device)
@@ -408,7 +408,7 @@ def certified_topk(
     k: int,                             # neighbours wanted
     low: torch.Tensor,                  # (N, d), an approximation of the centred features
     bias: torch.Tensor,                 # (N,), from `centre_terms`
-    off: torch.Tensor | None,           # (N,), the largest error of the products of `low`; None: no proof is wanted
+    off: torch.Tensor | None,           # (N,), the largest error of the products of `low`; None: do not check the proof
     best: Callable,                     # `topk_by_rows` or `topk_symmetric`
     scale: torch.Tensor | None = None,  # (N,), the step of each row of `low`
 ) -> tuple[torch.Tensor, torch.Tensor, int]:  # (N, k), (N, k), rows
