@@ -118,7 +118,7 @@ def _average_map(maps: Tensor | PartMaps | tuple[Tensor | PartMaps, ...], averag
     if isinstance(maps, tuple):
         return torch.cat([_average_map(m, averages) for m in maps], 1)
     if maps.shape[2] < averages:
-        said = f"{averages} stripes of a map of {maps.shape[2]} rows"
+        said = f"cannot make {averages} stripes of a map with {maps.shape[2]} rows"
         raise DomainMixError(said, "use fewer stripes or taller images")
     return F.adaptive_avg_pool2d(maps, (averages, 1)).float()[..., 0].mT.flatten(1)
 

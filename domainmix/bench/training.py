@@ -108,7 +108,7 @@ def time_in_turn(
     "Time every call once in each round."
     seconds = {name: [] for name in calls}
     if rounds < 1:
-        raise DomainMixError(f"{rounds} rounds", "give 1 or more")
+        raise DomainMixError(f"the number of rounds is {rounds}", "give 1 or more")
     for _ in range(rounds):
         for name, call in calls.items():
             wait_for_gpu()
@@ -192,7 +192,8 @@ def bench_input(
 ) -> dict:
     "From file to a normalised, augmented float tensor: the usual transforms, ours from memory and from the memory map."
     if not 1 <= batch <= images:
-        raise DomainMixError(f"a batch of {batch} out of {images} images", "give a batch of 1 to all images")
+        raise DomainMixError(f"cannot take a batch of {batch} from {images} images",
+                             "give a batch size from 1 to the number of images")
     with tempfile.TemporaryDirectory() as folder:
         records = write_drawn_images(Path(folder)/"set", images, height, width)
         (mapped, _), build = measure(lambda: load_images(records, height, width, cache=Path(folder)/"cache"))
@@ -442,10 +443,10 @@ def check_step_arguments(batch: int, ways: tuple[str, ...]) -> None:
     unknown = set(ways) - set(STEP_VARIANTS)
     if unknown:
         remedy = f"there are {', '.join(STEP_VARIANTS)}"
-        raise DomainMixError(f"there is no way called {', '.join(sorted(unknown))}", remedy)
+        raise DomainMixError(f"there is no variant called {', '.join(sorted(unknown))}", remedy)
     if batch < 8 or batch % 4:
         remedy = "give a multiple of 4, at least 8: it is made of identities with 4 images each"
-        raise DomainMixError(f"a batch of {batch}", remedy)
+        raise DomainMixError(f"the batch size is {batch}", remedy)
 
 # %% ../../nbs/bench/00_training.ipynb #c0ebfd36
 def step_row(

@@ -315,7 +315,7 @@ def make_labels(
 ) -> dict:
     "Pseudo labels for the real images; gives their statistics and the table's path."
     if METHODS[check_choice(config.method, METHODS, "method")].labels != "refined":
-        raise DomainMixError(f"method {config.method!r} refines no pseudo labels", "leave --method out")
+        raise DomainMixError(f"method {config.method!r} does not refine pseudo labels", "leave --method out")
     init_distributed(config.device)
     config, home = validate_config(config), run_folder(config)
     inputs = read_inputs(config, ("synthetic", "real"))
