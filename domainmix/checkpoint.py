@@ -304,7 +304,7 @@ def _interrupt_message(stage: str, epochs: int, steps: int, all_epochs: int, pat
     "What the user reads after an interruption: what is saved, and how to continue."
     if not (epochs or steps):
         return f"{stage} was interrupted; nothing of it was saved yet, and the same call starts it again"
-    and_steps = f" and {steps} steps" if steps else ""
+    and_steps = f" and {steps} step{'s' if steps > 1 else ''}" if steps else ""
     return (f"{stage} was interrupted; {epochs} of {all_epochs} epochs{and_steps} are in {path}, "
             "and the same call continues from there")
 

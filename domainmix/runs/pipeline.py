@@ -261,7 +261,8 @@ def labels_text(
     "Label statistics in one line."
     names = {"purity": "purity", "pair_f1": "pair F1", "nmi": "NMI"}
     quality = ", ".join(f"{name} {100*s[k]:.1f}" for k, name in names.items() if s.get(k) is not None)
-    counts = f"{s['kind']}: {s['clusters']:,} classes of {s['images']:,} images, {s['outliers']:,} left out"
+    classes = f"{s['clusters']:,} " + ("class" if s["clusters"] == 1 else "classes")
+    counts = f"{s['kind']}: {classes} of {s['images']:,} images, {s['outliers']:,} left out"
     return f"{counts}; {quality}" if quality else counts
 
 # %% ../../nbs/runs/04_pipeline.ipynb #87f85b7f

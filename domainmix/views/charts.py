@@ -152,9 +152,10 @@ def loss_names(rows: Sequence[dict]) -> list[str]:
 
 # %% ../../nbs/views/03_charts.ipynb #8eed8d40
 def _plain_log_ticks(axis):
-    "Ticks 1, 2, 5, 10 ... on a logarithmic axis, written as plain numbers."
+    "Ticks 1, 2, 5, 10 ... on a logarithmic axis, or powers of ten for a wide range, as plain numbers."
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_data_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high <= 1000*low else (1,)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 

@@ -304,7 +304,7 @@ def cluster_gallery(
     clusters: Sequence[int] | None = None,  # labels to show; None: the `n` largest
     n: int = 5,                             # rows
     per_row: int = 10,                      # images in a row, at most
-    title: str = "What shares a pseudo label",
+    title: str = "Images that share a pseudo label",
     height: int = 96,                       # pixels, of a thumbnail
     ax=None,
 ):
