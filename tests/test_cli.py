@@ -405,7 +405,7 @@ def test_one_identity_or_one_camera(domainmix, sets, flags):
 
 
 def test_fewer_identities_than_the_batch_wants(domainmix, flags):
-    wrong(domainmix("run", *flags, "--run", "p", "--pretrain.p", "30"), "stage0", "30 identities", "10 have", "lower p")
+    wrong(domainmix("run", *flags, "--run", "p", "--pretrain.p", "30"), "stage0", "30 identities", "only 10 with labels", "lower p")
     wrong(domainmix("run", *flags, "--run", "q", "--method", "labelled", "--stage2.p", "30"), "stage2", "lower p")
     assert (domainmix.cwd / "data/runs/q/stage0/model.safetensors").is_file()          # what was done is kept
 
