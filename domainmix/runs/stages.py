@@ -165,7 +165,7 @@ def clustering_features(
     images: Callable[[], torch.Tensor | ImageStack],  # gives the real images, if they are needed
     device: str = "auto", # where they are embedded
 ) -> np.ndarray:          # float32 (N, D)
-    "The features of the last clustering of stage 1; a damaged file of them is made again."
+    "The features of the last clustering of stage 1; if their file is damaged, they are computed again."
     folder = Path(folder)
     try: return verified_features(folder)
     except DomainMixError as e: damage = e
