@@ -180,7 +180,7 @@ class BenchCommand:
     input_batch: int = 64           # images of a batch of input
     batch: int = 8                  # images of a training step; on a GPU 64 and more
     backbone: str = "resnet50"      # of step, as in `domainmix run`
-    ways: tuple[str, ...] = tuple(STEP_VARIANTS) # to take a step: usual, channels_last, bf16, compiled
+    ways: tuple[str, ...] = tuple(STEP_VARIANTS) # variants of a step: usual, channels_last, bf16, compiled
     rounds: int = 5                 # how often each way is timed; input is timed three times as often
     threads: int = 1                # of every library
     device: str = "cpu"             # where our products and training steps run: cpu, cuda

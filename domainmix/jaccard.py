@@ -93,7 +93,7 @@ def expand_neighbours(
     full: sparse.csr_array,  # (N, N) reciprocal neighbours for k
     half: sparse.csr_array,  # (N, N) reciprocal neighbours for k/2
 ) -> sparse.csr_array:       # (N, N) zeros and ones
-    "`full`, and added to each row the rows of `half` of its neighbours that are mostly in it already."
+    "The rows of `full`, each with those rows of `half` added that are mostly in it already."
     loop = compile_loop(expand_loop)
     if loop: bounds, columns = loop(*(as_unsigned(a) for m in (full, half) for a in (m.indptr, m.indices)))
     else: bounds, columns = expand_by_products(full, half)
