@@ -56,7 +56,7 @@ def report_os_error(
     if error.errno not in USER_ERRNOS:
         return None
     text = (f"error: {error.strerror}: {error.filename or 'while writing'}\n"
-            "  -> free disk space or correct the file's permissions, or choose another --data; "
+            "  -> free disk space or correct the file permissions, or choose another --data; "
             "then repeat the command to continue")
     return ErrorReport(EXIT_USER_ERROR, text)
 

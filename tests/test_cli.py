@@ -213,13 +213,13 @@ def test_a_read_only_folder(domainmix, flags):
     data, argv = domainmix.cwd / "data", ("run", *flags, "--run", "k", "--method", "only-a")
     data.mkdir()
     given_away(data)
-    wrong(domainmix(*argv, powerless=True), "Permission denied", "data/", "file's permissions")
+    wrong(domainmix(*argv, powerless=True), "Permission denied", "data/", "file permissions")
     assert not list(data.iterdir())
     given_away(data, writable=True)
     assert domainmix(*argv).code == 0
     before = {p: p.read_bytes() for p in data.rglob("*") if p.is_file()}
     given_away(data)                                                       # a finished run that belongs to somebody else
-    wrong(domainmix(*argv, powerless=True), "Permission denied", "data/runs/k", "file's permissions")
+    wrong(domainmix(*argv, powerless=True), "Permission denied", "data/runs/k", "file permissions")
     said = domainmix("runs", powerless=True)
     assert said.code == 0 and "finished" in said.out, said
     assert domainmix("evaluate", "--model", "k", "--target", flags[-1], powerless=True).code == 0
