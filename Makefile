@@ -1,4 +1,4 @@
-# make demo   the whole method on drawn people: minutes, no downloads beyond the packages
+# make demo   the whole method on synthetic people: minutes, no downloads beyond the packages
 # make test   everything that is checked, notebooks first; BROWSER=1: the companions in a real browser too
 # make lab    the notebooks in JupyterLab
 # make test-browser   the companion notebooks in a real Chromium, which must be there already

@@ -58,7 +58,7 @@ def settings(argv=None):
     add("--rows", type=int, default=132_145, help="features whose neighbours are timed")
     add("--dim", type=int, default=2048, help="numbers of such a feature")
     add("--k", type=int, default=30, help="neighbours")
-    add("--step-batch", type=int, default=64, help="images of the step that is taken in four ways")
+    add("--step-batch", type=int, default=64, help="images of the step that is timed in four variants")
     add("--input-images", type=int, default=640, help="files of the usual input chain")
     add("--input-batch", type=int, default=64, help="images of a batch of input")
     if "--tiny" in (sys.argv[1:] if argv is None else argv): p.set_defaults(**TINY)
@@ -222,7 +222,7 @@ def agreement(b):
 
 
 def step(b):
-    "One training step in four ways."
+    "One training step in four variants."
     a = b.args
     ways = {} if not a.tiny else dict(ways=("usual", "channels_last", "bf16"), rounds=2, classes=50)      # compiling takes a minute
     return bench_step(a.step_batch, a.backbone, *b.size, device=str(b.device), tell=b.say, **ways)

@@ -39,7 +39,7 @@ class AugmentConfig:
         for name, most in (("erase_area", 1), ("erase_aspect", math.inf)):
             low, high = getattr(self, name)
             if not 0 < low <= high <= most:
-                raise DomainMixError(f"augment.{name} is {low} to {high}", f"give from and to, above 0, at most {most}")
+                raise DomainMixError(f"augment.{name} is {low} to {high}", f"give a range above 0 and at most {most}")
         if self.pad < 0:
             raise DomainMixError(f"augment.pad is {self.pad}", "give 0 or more pixels")
 
@@ -411,7 +411,7 @@ def identity_pools(
     for where, ids, q in found or [("", [], p)]:
         if len(ids) < q:
             raise DomainMixError(
-                f"a batch needs {q} identities{where}, and {len(ids)} have labels",
+                f"a batch needs {q} identities{where}, but the data has only {len(ids)} with labels",
                 "lower p, or give more labelled identities",
             )
     return [(ids, q) for _, ids, q in found if q]

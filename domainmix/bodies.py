@@ -89,7 +89,7 @@ def _timm_model(name: str, seed: int = 0, pretrained: bool = False) -> nn.Module
     try:
         import timm
     except ImportError as e:
-        said = f"timm is not installed, and the backbone 'timm:{name}' is one of its networks"
+        said = f"timm is not installed, but the backbone 'timm:{name}' needs it"
         raise DomainMixError(said, "pip install 'domainmix[timm]', or use another backbone") from e
     known = {*timm.list_models(), *timm.list_models(pretrained=True)}
     if name not in known:
@@ -118,7 +118,7 @@ def timm_body(
     shape = tuple(getattr(maps, "shape", ()))
     if len(shape) != 4 or shape[2] <= shape[3]:
         got = " x ".join(map(str, shape)) or type(maps).__name__
-        said = f"timm's {name!r} turns a 1 x 3 x 256 x 128 image into {got}, which is no upright map"
+        said = f"timm's {name!r} turns a 1 x 3 x 256 x 128 image into {got}, not into a map with more rows than columns"
         raise DomainMixError(said, usable)
     return net.train(), shape[1]
 
@@ -168,8 +168,8 @@ def _check_body_config(config: BackboneConfig) -> None:
         if not 1 <= getattr(config, key) <= most:
             raise DomainMixError(f"{key} is {getattr(config, key)}", f"give a number from 1 to {most}")
     if config.last_stride != 1 and name.startswith(("osnet", "timm:")):
-        said = f"last_stride is {config.last_stride}, and {name} has no such choice"
-        raise DomainMixError(said, "leave it at 1: this network has fixed strides")
+        said = f"last_stride is {config.last_stride}, but the strides of {name} are fixed"
+        raise DomainMixError(said, "leave last_stride at 1")
 
 # %% ../nbs/22_bodies.ipynb #d9787cff
 def _build_body(config: BackboneConfig, seed: int, *whose) -> tuple[nn.Module, int]:

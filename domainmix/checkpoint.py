@@ -193,10 +193,10 @@ def remove_checkpoints(
 
 # %% ../nbs/29_checkpoint.ipynb #5769d912
 def _read_checkpoint(path: Path) -> dict:
-    "The content of a checkpoint; a file that is no checkpoint is refused."
+    "The content of a checkpoint; another file raises an error."
     state = load_state(path)
     if not (isinstance(state, dict) and {"key", "history", "parts", "midway"} <= state.keys()):
-        raise DomainMixError(f"{path} is no checkpoint of this version")
+        raise DomainMixError(f"{path} is not a checkpoint of this version")
     return state
 
 # %% ../nbs/29_checkpoint.ipynb #e4e5a8e1
@@ -227,7 +227,7 @@ def load_checkpoint(
         try:
             state = _read_checkpoint(file)
         except DomainMixError as e:
-            fallback = "the one before it is loaded" if file != files[-1] else "the stage starts anew"
+            fallback = "the one before it is loaded" if file != files[-1] else "the stage starts from the beginning"
             warnings.warn(f"{e.what}; {fallback}")
             continue
         _restore(file, state, key, parts)
@@ -304,7 +304,7 @@ def _interrupt_message(stage: str, epochs: int, steps: int, all_epochs: int, pat
     "What the user reads after an interruption: what is saved, and how to continue."
     if not (epochs or steps):
         return f"{stage} was interrupted; nothing of it was saved yet, and the same call starts it again"
-    and_steps = f" and {steps} steps" if steps else ""
+    and_steps = f" and {steps} step{'s' if steps > 1 else ''}" if steps else ""
     return (f"{stage} was interrupted; {epochs} of {all_epochs} epochs{and_steps} are in {path}, "
             "and the same call continues from there")
 

@@ -60,7 +60,7 @@ def default_arguments(
         return None
     backbone, file, preset = (read_flag(argv, name) for name in ("backbone", "config", "preset"))
     if preset and file:
-        raise DomainMixError("a preset and a config file are given", "give one, and change it with flags")
+        raise DomainMixError("a preset and a config file cannot be used together", "give one, and change it with flags")
     if preset:
         changes = {**changes, **preset_changes(argv, preset)}
     more, extra = {}, {}

@@ -261,10 +261,10 @@ def check_output_file(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise DomainMixError(f"{file.parent} is no folder", elsewhere) from None
+        raise DomainMixError(f"{file.parent} is not a folder", elsewhere) from None
     if not os.access(file.parent, os.W_OK):
-        remedy = f"{elsewhere}, or change the folder's rights"
-        raise DomainMixError(f"nothing can be written into {file.parent}", remedy)
+        remedy = f"{elsewhere}, or change the folder's permissions"
+        raise DomainMixError(f"cannot write into {file.parent}", remedy)
 
 # %% ../nbs/79_commands.ipynb #64252d59
 def cluster_sizes_text(
@@ -313,10 +313,11 @@ def embed_by_onnx(args: EmbedCommand) -> np.ndarray:
     "Features by an exported network, which fixes how they are made."
     fixed = [name for name in ("model", "backbone", "feature", "flip") if getattr(args, name) is not None]
     if fixed:
-        raise DomainMixError(f"--onnx and --{fixed[0]} are given",
-                             f"drop --{fixed[0]}: an exported network has everything inside")
+        raise DomainMixError(f"--onnx and --{fixed[0]} cannot be used together",
+                             f"drop --{fixed[0]}: an exported network contains these settings")
     if args.device.startswith("cuda"):
-        raise DomainMixError("--onnx and --device cuda are given", "drop --device: onnxruntime works on the CPU here")
+        raise DomainMixError("--onnx and --device cuda cannot be used together",
+                             "drop --device: onnxruntime works on the CPU here")
     return embed_onnx(args.onnx, args.images, args.out, args.skip_bad, data=args.data)
 
 # %% ../nbs/79_commands.ipynb #832c4936
@@ -354,14 +355,14 @@ def do_tables(args: TablesCommand) -> None:
     print(f"\n{summary_text(rows)}\n\n{page.with_suffix('.json')}\n{page}")
     failed = sum("error" in r for r in rows)
     if failed:
-        raise DomainMixError(f"{failed} cells of {len(rows)} failed, see above",
+        raise DomainMixError(f"{failed} of {len(rows)} cells failed, see above",
                              "correct the causes and give the same command again: what is done is kept")
 
 # %% ../nbs/79_commands.ipynb #2cfe4f82
 def do_notebooks(args: ReportCommand, results: Results) -> None:
     "Execute the companion notebooks on a run and write their page."
     if results.seed != Results(args.run, args.data).seed:
-        raise DomainMixError(f"--notebooks and --seed {args.seed} are given",
+        raise DomainMixError(f"--notebooks and --seed {args.seed} cannot be used together",
                              "drop one: the companions look at a table's first seed")
     page, errors = notebook_report(results, args.out, args.companions)
     print(page)

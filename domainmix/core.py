@@ -351,7 +351,8 @@ def _hash_scalar(value: Any, h) -> None:
         value = str(value)
     kind = type(value).__name__
     if not isinstance(value, (str, bytes, bool, int, float, type(None))):
-        raise DomainMixError(f"a {kind} has no fingerprint", "use numbers, strings, arrays, dicts or dataclasses")
+        raise DomainMixError(f"cannot compute a fingerprint of a {kind}",
+                             "use numbers, strings, arrays, dicts or dataclasses")
     data = value if isinstance(value, bytes) else repr(value).encode()
     _hash_tag(h, kind, len(data))
     h.update(data)

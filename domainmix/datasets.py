@@ -46,11 +46,12 @@ def compile_pattern(
     try:
         read = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as e:
-        raise DomainMixError(f"the pattern {pattern!r} is no regular expression: {e}", "see Python's re") from e
+        raise DomainMixError(f"the pattern {pattern!r} is not a valid regular expression: {e}",
+                             "see Python's re") from e
     groups = set(read.groupindex)
     if not groups or groups - {"pid", "camera"}:
-        raise DomainMixError(f"the pattern {pattern!r} has the named groups {sorted(groups) or 'none'}",
-                             "name what it reads: (?P<pid>...), (?P<camera>...), or both, and nothing else")
+        raise DomainMixError(f"the pattern {pattern!r} has the wrong named groups: {sorted(groups) or 'none'}",
+                             "use (?P<pid>...), (?P<camera>...), or both, and no other groups")
     return read
 
 # %% ../nbs/14_datasets.ipynb #5afe11d0
@@ -125,7 +126,7 @@ def read_folder(
     paths = find_images(home)
     if not paths:
         layout = LAYOUTS["folder"]
-        raise DomainMixError(f"{printable(home)} holds no image; expected {layout.expected_files}",
+        raise DomainMixError(f"{printable(home)} contains no image; expected {layout.expected_files}",
                              layout.download_note)
     if pattern is None:
         _warn_of_layout(home)
@@ -159,7 +160,7 @@ def unknown_dataset_error(
         return DomainMixError(f"{printable(spec)} is a folder, and its layout is not named",
                               f"it looks like {like[0]}: write {like[0]}:{printable(spec)}")
     if name in READERS:
-        return DomainMixError(f"{printable(spec)!r} names no folder", f"write {name}:FOLDER")
+        return DomainMixError(f"{printable(spec)!r} does not name a folder", f"write {name}:FOLDER")
     near = difflib.get_close_matches(name.lower(), READERS, n=2, cutoff=0.5)
     advice = f"did you mean {' or '.join(near)}? " if near else ""
     return DomainMixError(f"unknown data set {printable(name)!r}",

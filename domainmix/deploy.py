@@ -163,7 +163,7 @@ def start_onnxruntime(
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:    # onnxruntime has an exception class of its own for each fault
-        what = f"{path} is damaged or no ONNX model ({type(error).__name__})"
+        what = f"{path} is damaged or is not an ONNX model ({type(error).__name__})"
         raise DomainMixError(what, "export it again") from error
 
 # %% ../nbs/62_deploy.ipynb #955e260b

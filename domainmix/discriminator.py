@@ -39,7 +39,7 @@ class Discriminator(nn.Module):
     ):
         super().__init__()
         if n_domains < 2:
-            raise DomainMixError(f"n_domains is {n_domains}, and a discriminator needs two or more domains",
+            raise DomainMixError(f"n_domains is {n_domains}, but a discriminator needs two or more domains",
                                  "give at least 2, one synthetic and one real")
         self.dim = dim
         widths = hidden if hidden is not None else tuple(max(dim // d, 2) for d in (2, 4, 8))
@@ -51,6 +51,6 @@ class Discriminator(nn.Module):
         "(B, D) -> (B, n)"
         if feature.ndim != 2 or feature.shape[1] != self.dim:
             shape = tuple(feature.shape)
-            raise DomainMixError(f"features have the shape {shape}, this discriminator reads (B, {self.dim})",
+            raise DomainMixError(f"features have the shape {shape}, but this discriminator needs (B, {self.dim})",
                                  "build it with the backbone's feature_dim")
         return self.layers(feature.float())

@@ -65,7 +65,8 @@ def check_same_device(device: torch.device) -> None:
         return
     found = ", ".join(f"process {i} {n}" for i, n in enumerate(names))
     if "CPU" in names:
-        raise DomainMixError(f"some processes have a GPU and some do not: {found}", "give all the same --device")
+        raise DomainMixError(f"some processes have a GPU and some do not: {found}",
+                             "start all processes with the same --device")
     if rank_and_size()[0] == 0:
         warnings.warn(f"GPUs of several kinds work together: {found}. Every step waits for the slowest")
 
@@ -149,7 +150,7 @@ def check_divisible(
     n = rank_and_size()[1]
     if p % n:
         raise DomainMixError(
-            f"{name}: a batch of {p} identities does not divide over {n} processes",
+            f"{name}: a batch of {p} identities cannot be divided evenly among {n} processes",
             f"set p to a multiple of {n}, such as {max(1, p // n) * n}, or start another number of processes")
     return p
 

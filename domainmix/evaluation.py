@@ -112,7 +112,8 @@ def _check_inputs(query, gallery, query_pid, gallery_pid, query_camera, gallery_
     "The six inputs as tensors of matching length on one device; cameras are -1 if none are given."
     query, gallery = unit_rows(query, "query features"), unit_rows(gallery, "gallery features")
     if query.shape[1] != gallery.shape[1]:
-        raise DomainMixError(f"query features have {query.shape[1]} numbers, gallery features {gallery.shape[1]}",
+        widths = f"query features have {query.shape[1]} numbers, but gallery features have {gallery.shape[1]}"
+        raise DomainMixError(widths,
                              "compute both with the same network")
     if (query_camera is None) != (gallery_camera is None):
         raise DomainMixError("cameras are given for one side only", "give query_camera and gallery_camera, or neither")
@@ -143,7 +144,7 @@ def _mean_over_queries(ap, trapezoid, inp, first, topk) -> Ranking:
     has = first > 0
     if not has.any():
         raise DomainMixError(f"none of {len(has)} queries has a right answer in the gallery",
-                             "check that query and gallery number people in the same way, "
+                             "check that query and gallery use the same identity numbers, "
                              "and that people appear under more than one camera")
     cmc = (first[has, None] <= np.arange(1, topk + 1)).mean(0)
     return Ranking(float(ap[has].mean()), float(trapezoid[has].mean()), float(inp[has].mean()), cmc,
@@ -273,7 +274,7 @@ def evaluate(
     "The scores of a network on a data set."
     cameras = query_records.camera, gallery_records.camera
     if centre_cameras and (np.concatenate(cameras) < 0).all():
-        raise DomainMixError("the cameras of the target are to be centred, but none is known",
+        raise DomainMixError("centring needs the cameras of the target, but none is known",
                              "give --pattern with a group camera, or leave --centre-cameras out")
     sides = query_images, gallery_images
     q, g = (extract_features(net, i, batch, device, flip, precision, feature) for i in sides)
@@ -318,16 +319,18 @@ def _probe_halves(features: Sequence | Mapping, pids: Sequence | Mapping | None,
     "For each domain the features of its two halves."
     names, halves = list(features) if isinstance(features, Mapping) else list(range(len(features))), []
     if len(names) < 2:
-        raise DomainMixError(f"only {len(names)} domain to distinguish", "give the features of two or more")
+        raise DomainMixError(f"the domain probe needs two or more domains, but there is only {len(names)}",
+                             "give the features of two or more domains")
     for i, name in enumerate(names):
         x = unit_rows(features[name], f"features of domain {name}").cpu().double()
         parts = _split_halves(len(x), None if pids is None else pids[name], generator(seed, "probe", i))
         if min(map(len, parts)) < 2:
             sizes = f"{len(parts[0])} and {len(parts[1])} in its halves"
-            raise DomainMixError(f"domain {name} has {len(x)} images, {sizes}", "give more people of it")
+            raise DomainMixError(f"domain {name} has {len(x)} images, {sizes}",
+                                 "give images of more people from this domain")
         halves.append([x[p] for p in parts])
     if len({x.shape[1] for x, _ in halves}) > 1:
-        raise DomainMixError("the domains' features differ in length", "compute all with one network")
+        raise DomainMixError("the features of the domains differ in length", "compute all with one network")
     return halves
 
 # %% ../nbs/50_evaluation.ipynb #61928b2d

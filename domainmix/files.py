@@ -121,8 +121,8 @@ def wrap_read_errors(
         raise
     except Exception as e:       # readers raise many kinds of errors for unexpected content
         reason = (str(e).splitlines() or [""])[0][:120]
-        raise DomainMixError(f"{path} is damaged or of another kind ({type(e).__name__}: {reason})",
-                             "delete it and run the stage again, which writes it anew") from e
+        raise DomainMixError(f"{path} is damaged or not the expected kind of file ({type(e).__name__}: {reason})",
+                             "delete it and run the stage again to make a new one") from e
 
 # %% ../nbs/01_files.ipynb #d9b50964
 def save_json(
@@ -162,8 +162,8 @@ def load_dict(
     found = load_json(path)
     if isinstance(found, dict):
         return found
-    raise DomainMixError(f"{path} is damaged: it contains a {type(found).__name__}, no JSON object",
-                         "delete it and run the stage again, which writes it anew")
+    raise DomainMixError(f"{path} is damaged: it contains a {type(found).__name__}, not a JSON object",
+                         "delete it and run the stage again to make a new one")
 
 # %% ../nbs/01_files.ipynb #de09e2a8
 def save_arrays(
@@ -175,7 +175,7 @@ def save_arrays(
     for name, a in arrays.items():
         arrays[name] = a.detach().cpu().numpy() if isinstance(a, torch.Tensor) else np.asarray(a)
         if arrays[name].dtype.hasobject:
-            raise DomainMixError(f"array {name!r} holds Python objects", "make it numbers or strings")
+            raise DomainMixError(f"array {name!r} contains Python objects", "convert it to numbers or strings")
 
     def write(p):
         with open(p, "wb") as f:
@@ -351,7 +351,7 @@ def _locked_error(folder: str | Path) -> DomainMixError:
     "The error for a folder that another process has locked."
     owner = _read_lock_owner(Path(folder)/".lock")
     who = "process {pid} on {host}, since {since},".format(**{"since": "?"} | owner) if owner else "another process"
-    return DomainMixError(f"{who} is at work in {folder}", "wait for it, stop it, or choose another --run")
+    return DomainMixError(f"{who} is already working in {folder}", "wait for it, stop it, or choose another --run")
 
 # %% ../nbs/01_files.ipynb #aec41b05
 @contextlib.contextmanager
@@ -401,5 +401,5 @@ def reference_folder() -> Path | None:
     named = os.environ.get("DOMAINMIX_SHARED")
     folder = Path(named) if named else Path(domainmix.__file__).resolve().parents[2]/"shared"
     if named and not folder.is_dir():
-        raise DomainMixError(f"DOMAINMIX_SHARED is {named}, which is no folder", "correct it or unset it")
+        raise DomainMixError(f"DOMAINMIX_SHARED is {named}, which is not a folder", "correct it or unset it")
     return folder if folder.is_dir() else None

@@ -41,7 +41,7 @@ def last_network(
         raise DomainMixError(f"{run} is a table of many runs", remedy)
     last = METHODS[check_choice(config.method, METHODS, f"method in {run/'config.json'}")].last_stage
     if not (run/last/"model.safetensors").is_file():
-        remedy = "run it to its end, or name the folder of a stage"
+        remedy = "finish the run, or give the folder of a stage"
         raise DomainMixError(f"the run in {run} has not finished its {last}", remedy)
     return run/last/"model.safetensors"
 

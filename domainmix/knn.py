@@ -373,7 +373,7 @@ def _check_candidates(
     k: int,                      # neighbours wanted
     rough: torch.Tensor,         # (N, m), the largest approximate products
     column: torch.Tensor,        # (N, m), their columns
-    off: torch.Tensor | None,    # (N,), the largest error of the approximate products; None: no proof is wanted
+    off: torch.Tensor | None,    # (N,), the largest error of the approximate products; None: do not check the proof
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (N, k), (N, k), (rows without a proof,)
     "The `k` best candidates by exact products, and the rows whose list is not proven."
     everyone = torch.arange(len(x), device=x.device)
@@ -408,7 +408,7 @@ def certified_topk(
     k: int,                             # neighbours wanted
     low: torch.Tensor,                  # (N, d), an approximation of the centred features
     bias: torch.Tensor,                 # (N,), from `centre_terms`
-    off: torch.Tensor | None,           # (N,), the largest error of the products of `low`; None: no proof is wanted
+    off: torch.Tensor | None,           # (N,), the largest error of the products of `low`; None: do not check the proof
     best: Callable,                     # `topk_by_rows` or `topk_symmetric`
     scale: torch.Tensor | None = None,  # (N,), the step of each row of `low`
 ) -> tuple[torch.Tensor, torch.Tensor, int]:  # (N, k), (N, k), rows
@@ -428,13 +428,13 @@ KNN_METHODS = ("auto", "fp32", "bf16", "int8", "pca", "faiss")
 def _check_knn(x: torch.Tensor, k: int, method: str, tile: int | None) -> None:
     "Refuse arguments of `knn` that are not valid."
     if not 1 <= k < np.inf or k != int(k):
-        raise DomainMixError(f"k={k} neighbours were asked for", "give an integer k >= 1")
+        raise DomainMixError(f"k={k} neighbours were requested", "give an integer k >= 1")
     if method not in KNN_METHODS:
         raise DomainMixError(f"unknown method {method!r} to find neighbours", f"use one of {', '.join(KNN_METHODS)}")
     if tile is not None and tile < 1:
         raise DomainMixError(f"tile={tile}", "give tile >= 1, or None")
     if method == "int8" and not (x.device.type == "cpu" and hasattr(torch, "_int_mm")):
-        raise DomainMixError(f"method int8 was asked for, but this torch cannot multiply int8 on {x.device}",
+        raise DomainMixError(f"method int8 was requested, but this torch cannot multiply int8 on {x.device}",
                              "leave the method on auto")
 
 # %% ../nbs/31_knn.ipynb #7b0430a1
@@ -455,7 +455,7 @@ def _knn_by_faiss(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     "`knn` by faiss, an optional library."
     try: import faiss
     except ImportError:
-        raise DomainMixError("method faiss was asked for, but faiss is not installed",
+        raise DomainMixError("method faiss was requested, but faiss is not installed",
                              "pip install faiss-cpu or faiss-gpu, never both, or leave the method on auto") from None
     index = faiss.IndexFlatIP(x.shape[1])
     if x.device.type == "cuda" and hasattr(faiss, "index_cpu_to_all_gpus"): index = faiss.index_cpu_to_all_gpus(index)

@@ -137,7 +137,7 @@ def check_counts(
     "Warn where the counts differ, or where one camera took all images; `dataset` is returned unchanged."
     layout = LAYOUTS[dataset.name]
     if not dataset.splits:
-        raise wrong_layout_error(dataset.name, Path(dataset.root), "it holds no image")
+        raise wrong_layout_error(dataset.name, Path(dataset.root), "it contains no image")
     expected = (written["counts"], written["cameras"]) if written else (layout.counts or {}, layout.cameras)
     if problems := count_problems(dataset, *expected):
         warnings.warn(f"{printable(dataset.root)} is not all of {layout.title}: {'; '.join(problems)}. "

@@ -17,7 +17,7 @@ def _check_labels(logits: Tensor, label: Tensor, kind: str) -> None:
     "Raise an error if the shape, type or range of the labels does not fit the logits."
     if logits.ndim != 2 or label.shape != logits.shape[:1]:
         shapes = f"logits of shape {tuple(logits.shape)} and labels of shape {tuple(label.shape)}"
-        raise DomainMixError(f"{kind}: {shapes} do not fit", "give logits (B, n) and one label per image (B,)")
+        raise DomainMixError(f"{kind}: {shapes} do not fit together", "give logits (B, n) and one label per image (B,)")
     if label.is_floating_point() or label.dtype == torch.bool:
         raise DomainMixError(f"{kind}: labels are {label.dtype}", "give class numbers as int64")
     if label.device.type == "cpu" and len(label):
@@ -78,7 +78,8 @@ def triplet_loss(
     "Batch-hard triplet loss, Eq. (3)."
     if feature.ndim != 2 or label.shape != feature.shape[:1]:
         shapes = f"features of shape {tuple(feature.shape)} and labels of shape {tuple(label.shape)}"
-        raise DomainMixError(f"triplet_loss: {shapes} do not fit", "give features (B, D) and one label per image (B,)")
+        raise DomainMixError(f"triplet_loss: {shapes} do not fit together",
+                             "give features (B, D) and one label per image (B,)")
     feature = feature.float()
     positive, negative = hardest_pairs(feature, label)
     d_ap = torch.linalg.vector_norm(feature - feature[positive], dim=1)   # (B,)

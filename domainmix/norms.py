@@ -77,14 +77,14 @@ class SyncedBatchNormGPU(nn.SyncBatchNorm):
 def _check_equal_parts(n_images: int, n: int) -> None:
     "Refuse a batch that cannot be split into `n` equal parts."
     if n_images % n:
-        remedy = "draw as many images from each domain, or set the domain of each image"
-        raise DomainMixError(f"a batch of {n_images} images has no {n} equal parts", remedy)
+        remedy = "draw the same number of images from each domain, or set the domain of each image"
+        raise DomainMixError(f"a batch of {n_images} images cannot be split into {n} equal parts", remedy)
 
 # %% ../nbs/21_norms.ipynb #a06b1fe8
 def _rows_of_domains(domain: Tensor, n_images: int, n: int) -> list[Tensor]:
     "The rows of a batch that belong to each of `n` domains, int64."
     if len(domain) != n_images:
-        said = f"the domains of {len(domain)} images were set, and the batch has {n_images}"
+        said = f"the domains of {len(domain)} images were set, but the batch has {n_images}"
         raise DomainMixError(said, "call set_bn_domain for each batch")
     return [(domain == d).nonzero()[:, 0] for d in range(n)]
 

@@ -56,7 +56,8 @@ def report_os_error(
     if error.errno not in USER_ERRNOS:
         return None
     text = (f"error: {error.strerror}: {error.filename or 'while writing'}\n"
-            "  -> make room or change its rights, or choose another --data; the same command goes on")
+            "  -> free disk space or correct the file permissions, or choose another --data; "
+            "then repeat the command to continue")
     return ErrorReport(EXIT_USER_ERROR, text)
 
 # %% ../nbs/70_headless.ipynb #693d2539
@@ -81,10 +82,10 @@ def report_error(
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return report_full_gpu(error)
     if isinstance(error, Terminated):
-        text = "\nasked to end, and the state is saved: the same command goes on from here"
+        text = "\nstopped by a signal; the state is saved: repeat the command to continue from here"
         return ErrorReport(EXIT_TERMINATED, text, False)
     if isinstance(error, KeyboardInterrupt):
-        text = "\ninterrupted; nothing that was finished is lost: the same command goes on from here"
+        text = "\ninterrupted; nothing that was finished is lost: repeat the command to continue from here"
         return ErrorReport(EXIT_INTERRUPTED, text, False)
     return None
 
@@ -133,7 +134,7 @@ def apply_settings(
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
-            raise DomainMixError(f"{setting!r} is no SETTING=VALUE", "write, for example, stage2.epochs=5")
+            raise DomainMixError(f"{setting!r} is not of the form SETTING=VALUE", "write, for example, stage2.epochs=5")
         changes[name] = parse_value(value)
     return with_overrides(config, changes)
 

@@ -342,7 +342,7 @@ class PseudoLabels:
         for name, kind in kinds.items(): setattr(self, name, np.asarray(getattr(self, name)).astype(kind).reshape(-1))
         lengths = {name: len(getattr(self, name)) for name in kinds}
         if len(set(lengths.values())) > 1:
-            raise DomainMixError(f"columns of different length: {lengths}",
+            raise DomainMixError(f"the columns have different lengths: {lengths}",
                                  "give one value for each image in every column")
 
     def __len__(self): return len(self.path)

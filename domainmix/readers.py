@@ -211,7 +211,7 @@ def read_box_folders(name: str, root: str | Path, need: tuple[str, ...] | None =
         elif wanted:
             raise wrong_layout_error(name, home, f"it has no folder {folder}")
         if wanted and not paths:
-            raise wrong_layout_error(name, home, f"its folder {folder} holds no image")
+            raise wrong_layout_error(name, home, f"its folder {folder} contains no image")
         if paths:
             found[split] = records_from_names(name, home, paths, folder)
         if wanted and not len(found[split]):
@@ -265,7 +265,7 @@ def read_randperson(
     home = resolve_dataset_root("randperson", root)
     paths = find_images(home, skip=_skip_randperson_folder)
     if not paths:
-        raise wrong_layout_error("randperson", home, "it holds no image")
+        raise wrong_layout_error("randperson", home, "it contains no image")
     for split in check_splits(need or ()):
         if split != "train":
             raise DomainMixError(f"RandPerson has no {split}", "it serves as a source: use its train")

@@ -122,6 +122,6 @@ def turn_schedule(
     steps = np.rec.fromarrays(columns, names="epoch,discriminator,lr,reversal")
     if is_disc_turn.all():
         raise DomainMixError(
-            f"in {config.epochs} epochs of {config.iterations} iterations there is no step for the backbone",
+            f"with epochs={config.epochs} and iterations={config.iterations} there is no step for the backbone",
             "give stage 3 an even number of epochs: half of them are for the discriminator")
     return steps[~is_disc_turn] if getattr(config, "loss", None) in ("none", "reverse") else steps

@@ -212,7 +212,7 @@ def cluster_labels(
     clusters = cluster(features, config.cluster, threshold)
     label = reliable_labels(clusters)
     if label.max() < 1:
-        raise DomainMixError(f"of {clusters.n_clusters} clusters only {label.max() + 1} are reliable",
+        raise DomainMixError(f"only {label.max() + 1} of {clusters.n_clusters} clusters are reliable",
                              "set cluster.reliability to false, raise cluster.eps, or train the features longer")
     return clusters, label
 
@@ -225,7 +225,7 @@ def update_labels(memory: RealLabels, features: Tensor, camera: Tensor, config: 
         clusters, label = call_on_rank0(lambda: cluster_labels(features, camera, config, threshold))
     except DomainMixError as e:
         if not measured: raise
-        warnings.warn(f"{e.what}; the labels of the epoch before are kept")
+        warnings.warn(f"{e.what}; the labels of the previous epoch are kept")
         label, zeros = memory.label.cpu().numpy(), np.zeros(len(memory.label))
         clusters = Clusters(label, label, label, zeros, zeros.copy(), memory.threshold.item(), label >= 0)
     memory.threshold.fill_(clusters.threshold)

@@ -86,7 +86,7 @@ def _fetch(name: str) -> Path:
         path = folder/OSNET_FILES[name]
         if path.exists():
             return path
-        said = f"the ImageNet weights of {name} have no address that a program can fetch"
+        said = f"the ImageNet weights of {name} cannot be downloaded by a program"
         remedy = f"get {path.name} from Torchreid's model zoo and put it at {path}, or give its path as weights"
         raise DomainMixError(said, remedy)
     if name not in PUBLISHED_URLS:
@@ -124,7 +124,7 @@ def _read_tensors(path: str | Path) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         state = state.get(wrapper, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise DomainMixError(f"{path} holds no state dict", "give a file of named tensors")
+        raise DomainMixError(f"{path} contains no state dict", "give a file of named tensors")
     return {k.removeprefix("module."): v for k, v in state.items()}
 
 # %% ../nbs/23_weights.ipynb #6d6c1664

@@ -195,7 +195,7 @@ def test_a_full_disk_loses_nothing(domainmix, flags):
     argv, home = ("run", *flags, "--run", "k", "--all-stages"), domainmix.cwd / "data/runs/k"
     for kilobytes, file in ((40, ".npy"), (300, None)):                   # the decoded images find no room; then a checkpoint
         said = full(argv, domainmix.cwd, kilobytes)
-        assert said.returncode == 2 and "Traceback" not in said.stderr and "make room" in said.stderr and (file is None or file in said.stderr), said.stderr
+        assert said.returncode == 2 and "Traceback" not in said.stderr and "free disk space" in said.stderr and (file is None or file in said.stderr), said.stderr
         assert not list((domainmix.cwd / "data").glob("**/*.part*"))
     assert (home / "config.json").is_file() and not (home / "metrics.json").exists()
     assert domainmix(*argv).code == 0 and (home / "metrics.json").is_file()
@@ -213,13 +213,13 @@ def test_a_read_only_folder(domainmix, flags):
     data, argv = domainmix.cwd / "data", ("run", *flags, "--run", "k", "--method", "only-a")
     data.mkdir()
     given_away(data)
-    wrong(domainmix(*argv, powerless=True), "Permission denied", "data/", "change its rights")
+    wrong(domainmix(*argv, powerless=True), "Permission denied", "data/", "file permissions")
     assert not list(data.iterdir())
     given_away(data, writable=True)
     assert domainmix(*argv).code == 0
     before = {p: p.read_bytes() for p in data.rglob("*") if p.is_file()}
     given_away(data)                                                       # a finished run that belongs to somebody else
-    wrong(domainmix(*argv, powerless=True), "Permission denied", "data/runs/k", "change its rights")
+    wrong(domainmix(*argv, powerless=True), "Permission denied", "data/runs/k", "file permissions")
     said = domainmix("runs", powerless=True)
     assert said.code == 0 and "finished" in said.out, said
     assert domainmix("evaluate", "--model", "k", "--target", flags[-1], powerless=True).code == 0
@@ -446,7 +446,7 @@ def test_one_identity_or_one_camera(domainmix, sets, flags):
 
 
 def test_fewer_identities_than_the_batch_wants(domainmix, flags):
-    wrong(domainmix("run", *flags, "--run", "p", "--pretrain.p", "30"), "stage0", "30 identities", "10 have", "lower p")
+    wrong(domainmix("run", *flags, "--run", "p", "--pretrain.p", "30"), "stage0", "30 identities", "only 10 with labels", "lower p")
     wrong(domainmix("run", *flags, "--run", "q", "--method", "labelled", "--stage2.p", "30"), "stage2", "lower p")
     assert (domainmix.cwd / "data/runs/q/stage0/model.safetensors").is_file()          # what was done is kept
 
@@ -527,7 +527,7 @@ def test_the_same_command_goes_on_after_a_kill(domainmix, flags, undisturbed, st
     argv, home = ("run", *flags, "--run", "k", *LONG), domainmix.cwd / "data/runs/k"
     said = domainmix(*argv, strike=lambda: lines(home, stage) >= 2, how=how)
     assert said.code == (-9 if how == signal.SIGKILL else 130), said  # 130 is what a shell says of Ctrl-C
-    if how == signal.SIGINT: assert "the same command goes on" in said.err and "Traceback" not in said.err, said
+    if how == signal.SIGINT: assert "repeat the command to continue" in said.err and "Traceback" not in said.err, said
     assert not (home / "metrics.json").exists() and (home / stage / "last.ckpt").is_file()
     done = seals(home)
     assert domainmix(*argv).code == 0
@@ -552,4 +552,4 @@ def test_killed_at_any_moment(domainmix, flags, undisturbed):
 def test_two_processes_do_not_share_a_run(domainmix, flags):
     pytest.importorskip("fcntl")
     with locked(domainmix.cwd / "data/runs/k"):
-        wrong(domainmix("run", *flags, "--run", "k"), f"process {os.getpid()} on {socket.gethostname()}, since 20", "is at work in", "data/runs/k")
+        wrong(domainmix("run", *flags, "--run", "k"), f"process {os.getpid()} on {socket.gethostname()}, since 20", "is already working in", "data/runs/k")

@@ -294,7 +294,7 @@ def test_no_file_names_a_place_on_one_machine():
 
 
 def test_no_data_is_tracked():
-    shipped = "domainmix/parsing.safetensors"      # learned from drawn people alone
+    shipped = "domainmix/parsing.safetensors"      # learned from synthetic people alone
     wrong = [n for n in tracked() if n.startswith("data/") and n != "data/README.md" or n != shipped and n.endswith((".safetensors", ".npz", ".ckpt"))]
     assert not wrong and (ROOT / shipped).stat().st_size < 300_000, wrong
 

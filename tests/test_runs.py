@@ -43,7 +43,7 @@ def test_the_list_has_the_scores_of_a_run(after):
 
 @pytest.mark.parametrize("file, text, state, words", [
     ("config.json", '{"seed": 0, "re', "damaged", "config.json is damaged"),
-    ("config.json", "[1, 2]", "damaged", "config.json holds no settings"),
+    ("config.json", "[1, 2]", "damaged", "config.json contains no settings"),
     ("config.json", '{"seed": "none"}', "damaged", "seed is 'none'"),
     ("config.json", '{"method": "only-a", "methods": 3}', "damaged", "methods is 3"),
     ("metrics.json", "\x00\xff", "damaged", "metrics.json is damaged"),

@@ -44,7 +44,8 @@ class MMTConfig(PlainConfig):
             value = getattr(self, name)
             if not 0 <= value <= 1: raise DomainMixError(f"{name} is {value}", "give a share, 0 to 1")
         if not self.ema:
-            raise DomainMixError("ema is 0, and MMT's teachers are averages", "give a number below 1, such as 0.999")
+            raise DomainMixError("ema is 0, but MMT's teachers are averaged networks",
+                                 "give a number below 1, such as 0.999")
 
 # %% ../../nbs/baselines/01_mmt.ipynb #92fcb634
 def soft_id_loss(
@@ -55,7 +56,7 @@ def soft_id_loss(
     "Cross-entropy of the class scores with the teacher's probabilities."
     if logits.shape != teacher.shape or logits.ndim != 2:
         shapes = f"scores of shape {tuple(logits.shape)}, the teacher's {tuple(teacher.shape)}"
-        raise DomainMixError(f"soft_id_loss: {shapes}", "give (B, n) of each")
+        raise DomainMixError(f"soft_id_loss: {shapes}", "give both the same shape (B, n)")
     target = (teacher.detach().float() / temperature).softmax(1)
     return F.cross_entropy(logits.float() / temperature, target)
 
@@ -146,10 +147,10 @@ def mutual_teaching_epoch(
 
 # %% ../../nbs/baselines/01_mmt.ipynb #bdf85aec
 def _check_same_length(net: ReIDNet, other: ReIDNet | None) -> None:
-    "Raise an error if the features of two networks have no mean."
+    "Raise an error if the features of two networks cannot be averaged."
     if other is not None and other.feature_dim != net.feature_dim:
         raise DomainMixError(
-            f"the networks have features of {net.feature_dim} and {other.feature_dim} numbers, which have no mean",
+            f"features of {net.feature_dim} and {other.feature_dim} numbers cannot be averaged",
             "give two networks of one architecture")
 
 # %% ../../nbs/baselines/01_mmt.ipynb #db8f7453

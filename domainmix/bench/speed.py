@@ -75,7 +75,7 @@ def bench_features(
 ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     "Unit features (n, dim), pid (n,) and camera (n,)."
     if n < 17 or dim < 64:
-        raise DomainMixError(f"{n} features of {dim} numbers", "give at least 17 of at least 64")
+        raise DomainMixError(f"{n} features of {dim} numbers", "give at least 17 features of at least 64 numbers")
     x, pid, camera = toy_features(-(-n//17), 17, 64, 6, noise=0.9, shift=0.6, seed=seed)
     turn = torch.linalg.qr(torch.randn(dim, 64, generator=generator(seed, "bench", "turn"))).Q
     full = x[:n] @ turn.T    # (n, 64) -> (n, dim)
@@ -353,7 +353,7 @@ def bench(
     if unknown:
         raise DomainMixError(f"there is no benchmark {unknown}", f"there are {', '.join(SUITES)}")
     if threads < 1:
-        raise DomainMixError(f"{threads} threads", "give 1 or more")
+        raise DomainMixError(f"the number of threads is {threads}", "give 1 or more")
     with limit_threads(threads):
         results = dict(machine=machine_info(threads, pick_device(device)))
         for name in what:

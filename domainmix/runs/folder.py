@@ -179,7 +179,7 @@ def other_run_error(
     if kept: outcome += f", its {', '.join(kept)} kept"
     lines = "\n     ".join(changed or ["(the code of its stages)"])
     return DomainMixError(
-        f"{home} holds a run of another configuration:\n     {lines}\n  {outcome}",
+        f"{home} contains a run with another configuration:\n     {lines}\n  {outcome}",
         "choose another name (--run) or the old settings; or give --update, which redoes only these stages, "
         "or --fresh, which deletes the run and starts again",
     )
@@ -210,7 +210,7 @@ def _check_same_kind(home: Path, old: dict, record: dict) -> None:
     kinds = ["a table of runs" if "methods" in config else "a single run" for config in (old, record)]
     if kinds[0] == kinds[1]: return
     raise DomainMixError(
-        f"{home} holds {kinds[0]}, and {kinds[1]} is asked for",
+        f"{home} contains {kinds[0]}, but {kinds[1]} was requested",
         "choose another name (--run); or give --fresh, which deletes the run and starts again",
     )
 

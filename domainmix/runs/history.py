@@ -221,7 +221,7 @@ def runs_text(
     "The list as a terminal shows it."
     if not rows: return "there are no runs yet; domainmix run --real folder:MY_CROPS --run NAME makes one"
     scores = [COLUMNS[k] for k in LISTED_SCORES]
-    head = ["run", "state", "method", "seed", "backbone", "at", *scores, "last written", "size"]
+    head = ["run", "state", "method", "seed", "backbone", "stage", *scores, "last written", "size"]
     notes = [f"  {r.name}: {note}" for r in rows for note in r.notes]
     return "\n".join([align_columns([head, *map(_list_cells, rows)], 6), *notes])
 

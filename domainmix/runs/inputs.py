@@ -188,8 +188,8 @@ def read_inputs(config: RunConfig, roles=("synthetic", "real", "target")) -> Inp
     named = [(role, spec) for role in roles for spec in dataset_specs(config, role)]
     if config.pattern and not any(spec.startswith("folder:") for _, spec in named):
         raise DomainMixError(
-            f"a pattern is given, {config.pattern!r}, and none of the sets is a folder:",
-            "drop --pattern, or name folder:DIR",
+            f"the pattern {config.pattern!r} is given, but none of the data sets is a folder: set",
+            "drop --pattern, or give a data set as folder:DIR",
         )
     found = {}
     for role, spec in sorted(named, key=lambda n: n[1] == "world"):  # the world last

@@ -261,7 +261,8 @@ def labels_text(
     "Label statistics in one line."
     names = {"purity": "purity", "pair_f1": "pair F1", "nmi": "NMI"}
     quality = ", ".join(f"{name} {100*s[k]:.1f}" for k, name in names.items() if s.get(k) is not None)
-    counts = f"{s['kind']}: {s['clusters']:,} classes of {s['images']:,} images, {s['outliers']:,} left out"
+    classes = f"{s['clusters']:,} " + ("class" if s["clusters"] == 1 else "classes")
+    counts = f"{s['kind']}: {classes} of {s['images']:,} images, {s['outliers']:,} left out"
     return f"{counts}; {quality}" if quality else counts
 
 # %% ../../nbs/runs/04_pipeline.ipynb #87f85b7f
@@ -315,7 +316,7 @@ def make_labels(
 ) -> dict:
     "Pseudo labels for the real images; gives their statistics and the table's path."
     if METHODS[check_choice(config.method, METHODS, "method")].labels != "refined":
-        raise DomainMixError(f"method {config.method!r} refines no pseudo labels", "leave --method out")
+        raise DomainMixError(f"method {config.method!r} does not refine pseudo labels", "leave --method out")
     init_distributed(config.device)
     config, home = validate_config(config), run_folder(config)
     inputs = read_inputs(config, ("synthetic", "real"))

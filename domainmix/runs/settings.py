@@ -221,8 +221,8 @@ def _check_architecture(config: RunConfig) -> None:
     "Refuse a `net.name` that differs from `backbone`."
     if config.net.name == config.backbone: return
     raise DomainMixError(
-        f"the backbone is {config.backbone!r} and net.name is {config.net.name!r}",
-        f"choose it by --backbone, or configure(backbone={config.net.name!r}): it brings its own settings",
+        f"the backbone is {config.backbone!r}, but net.name is {config.net.name!r}",
+        f"choose it by --backbone, or configure(backbone={config.net.name!r}): this also chooses its settings",
     )
 
 # %% ../../nbs/runs/00_settings.ipynb #8a93b350
@@ -231,12 +231,12 @@ def _check_method(config: RunConfig, method: Method, labeller: str) -> None:
     loss = method.loss
     if loss and config.stage3.loss not in (loss, DomainConfig().loss):
         raise DomainMixError(
-            f"method {config.method!r} has the loss {loss!r}, and stage3.loss is {config.stage3.loss!r}",
+            f"method {config.method!r} has the loss {loss!r}, but stage3.loss is {config.stage3.loss!r}",
             "do not set stage3.loss: the method sets it",
         )
     if config.labeller not in (labeller, RunConfig().labeller):
         raise DomainMixError(
-            f"method {config.method!r} uses the labeller {labeller!r}, and labeller is {config.labeller!r}",
+            f"method {config.method!r} uses the labeller {labeller!r}, but labeller is {config.labeller!r}",
             "leave --labeller out",
         )
 
@@ -248,7 +248,7 @@ def _check_real_sets(config: RunConfig) -> None:
         raise DomainMixError(f"a real set is given twice: {', '.join(config.real)}", "give each set once")
     if config.method != "only-a" and not specs:
         raise DomainMixError(
-            f"method {config.method!r} needs real images, and `real` is not given",
+            f"method {config.method!r} needs real images, but `real` is not given",
             "give --real folder:DIR (or market1501:DIR, ..., world), or --method only-a",
         )
 
@@ -292,7 +292,7 @@ def _meta_values(values: dict, path: str | Path) -> dict:
             raise DomainMixError(f"{path}: {k} is {meta[k]!r:.80}", f"give a list of {name}")
     if "seeds" in meta and "methods" not in meta:
         raise DomainMixError(
-            f"{path}: seeds is given, and methods is not",
+            f"{path}: seeds is given, but methods is not",
             'for one run, write "seed": 0; for a table, give "methods" too',
         )
     if not isinstance(meta.get("inputs", {}), dict):
@@ -307,14 +307,14 @@ def load_config(
     "The run that a file describes, and what the file holds besides settings."
     values = load_json(path)
     if not isinstance(values, dict):
-        raise DomainMixError(f"{path} holds no settings", 'write them as {"real": "folder:DIR", ...}')
+        raise DomainMixError(f"{path} contains no settings", 'write them as {"real": "folder:DIR", ...}')
     other = {} if backbone is None else {"backbone": backbone}
     settings = {k: v for k, v in values.items() if k not in META_KEYS}
     try: config = configure(settings, other)
     except DomainMixError as e: raise e.with_message(f"{path}: {e.what}") from e
     if other and config.net.name != backbone:  # a run's config.json holds every setting of its own backbone
         raise DomainMixError(
-            f"{path} is of the backbone {config.net.name!r} with all its settings, and {backbone!r} is asked for",
+            f"{path} has all settings of the backbone {config.net.name!r}, but {backbone!r} was requested",
             "drop --backbone, or take net out of the file",
         )
     return config, _meta_values(values, path)

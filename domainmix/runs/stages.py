@@ -63,7 +63,7 @@ def load_net(
     path = Path(path)/"model.safetensors" if Path(path).is_dir() else Path(path)
     header = weights_metadata(path)
     if net is None and "backbone" not in header:
-        raise DomainMixError(f"{path} does not say which architecture it is", "give it, with --backbone and --net.*")
+        raise DomainMixError(f"{path} does not say which architecture it has", "give it, with --backbone and --net.*")
     with wrap_read_errors(path):
         size = _image_size(header)
         try: net = load_backbone(net or from_dict(BackboneConfig, header["backbone"]), load_weights(path))
@@ -133,11 +133,11 @@ def verified_features(folder: Path) -> np.ndarray:
         try: found = np.load(file, mmap_mode="r")  # as a map: a damaged header cannot ask for memory
         except Exception as e: raise ValueError(str(e)) from e
         if not isinstance(found, np.memmap) or found.dtype != np.float32 or found.ndim != 2:
-            raise ValueError("it holds no table of features")
+            raise ValueError("it contains no table of features")
         digests = manifest.get("digests", {})
         expected = digests.get(file.name) if isinstance(digests, dict) else None
         if expected not in (None, fingerprint(found)): raise ValueError("it has changed since it was written")
-        if not np.isfinite(found).all(): raise ValueError("some features are no numbers")
+        if not np.isfinite(found).all(): raise ValueError("some features are NaN or infinite")
         return np.array(found, order="C")
 
 # %% ../../nbs/runs/03_stages.ipynb #62e3a8bc
@@ -151,7 +151,7 @@ def _remake_features(
     settings = stored if isinstance(stored, dict) else {}
     labeller = next((k for k in LABELLERS if k in settings), None)
     if labeller in (None, "mmt"):
-        raise DomainMixError("its network alone cannot make it", f"delete {folder} and run the stage again")
+        raise DomainMixError("it cannot be computed from its network alone", f"delete {folder} and run the stage again")
     options = from_dict(LABELLERS[labeller][0], settings[labeller])
     device = pick_device(device)
     net = load_net(folder)[0].to(device)
@@ -165,15 +165,15 @@ def clustering_features(
     images: Callable[[], torch.Tensor | ImageStack],  # gives the real images, if they are needed
     device: str = "auto", # where they are embedded
 ) -> np.ndarray:          # float32 (N, D)
-    "The features of the last clustering of stage 1; a damaged file of them is made again."
+    "The features of the last clustering of stage 1; if their file is damaged, they are computed again."
     folder = Path(folder)
     try: return verified_features(folder)
     except DomainMixError as e: damage = e
     manifest = load_dict(folder/"stage.json")
     try: found = _remake_features(folder, images, device)
     except DomainMixError as e:
-        raise DomainMixError(f"{damage.what}, and is not made again: {e.what}", e.remedy) from e
-    warnings.warn(f"{damage.what}; it is made again by the network of its stage")
+        raise DomainMixError(f"{damage.what}, and was not computed again: {e.what}", e.remedy) from e
+    warnings.warn(f"{damage.what}; it is computed again with the network of its stage")
     with contextlib.suppress(OSError):  # a read-only folder can still be looked at
         write_atomic(folder/"features.npy", lambda p: np.save(p, found))
         save_json(folder/"stage.json", {**manifest, "digests": {"features.npy": fingerprint(found)}})
@@ -205,7 +205,7 @@ def choose_labels(
     if kind == "initial": return outliers_as_classes(table.before)
     if truth is None:
         raise DomainMixError(
-            "this method needs true labels of the real images, and they have none", "choose another --method",
+            "this method needs true labels of the real images, but they have none", "choose another --method",
         )
     return np.unique(truth, return_inverse=True)[1].astype(np.int64)
 

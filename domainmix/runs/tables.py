@@ -117,7 +117,7 @@ def _row_configs(base: RunConfig, methods: tuple, seeds: tuple) -> list[RunConfi
     "The validated config of each row: every method with every seed."
     if not methods or not seeds:
         raise DomainMixError(
-            f"a table of {len(methods)} methods and {len(seeds)} seeds is asked for",
+            f"a table needs methods and seeds: {len(methods)} and {len(seeds)} are given",
             "give one or more of each, with --methods and --seeds",
         )
     base, loss = inherit_settings(base), DomainConfig().loss  # each method sets its own loss
@@ -356,7 +356,7 @@ def load_table(
         check_choice(str(name), TABLES, "table")
     values = load_json(name)
     if not isinstance(values, dict):
-        raise DomainMixError(f"{name} holds no table", 'write it as {"presets": [...], "seeds": [...]}')
+        raise DomainMixError(f"{name} contains no table", 'write it as {"presets": [...], "seeds": [...]}')
     try: spec = from_dict(TableSpec, {"name": Path(name).stem, **values})
     except DomainMixError as e: raise DomainMixError(f"{name}: {e.what}", e.remedy) from e
     check_run_name(spec.name)  # rows and pages are written under it

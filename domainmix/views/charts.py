@@ -152,9 +152,10 @@ def loss_names(rows: Sequence[dict]) -> list[str]:
 
 # %% ../../nbs/views/03_charts.ipynb #8eed8d40
 def _plain_log_ticks(axis):
-    "Ticks 1, 2, 5, 10 ... on a logarithmic axis, written as plain numbers."
+    "Ticks 1, 2, 5, 10 ... on a logarithmic axis, or powers of ten for a wide range, as plain numbers."
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_data_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high <= 1000*low else (1,)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
@@ -176,7 +177,7 @@ def _chosen_losses(stages: dict[str, list[dict]], keys: Sequence[str] | None) ->
     found = {k for rows in stages.values() for k in loss_names(rows)}
     names = [k for k in LOSS_TERMS if k in found] if keys is None else list(keys)
     if not names:
-        raise DomainMixError("the log holds no losses", f"its rows should have some of {', '.join(LOSS_TERMS)}")
+        raise DomainMixError("the log contains no losses", f"its rows should have some of {', '.join(LOSS_TERMS)}")
     if len(stages) > MAX_STAGES:
         raise DomainMixError(f"the log has {len(stages):,} stages",
                              f"a run has at most {MAX_STAGES}: give only some of its rows")
@@ -214,7 +215,7 @@ def loss_curves(
     return figure
 
 # %% ../../nbs/views/03_charts.ipynb #e15b868a
-LABEL_METRICS = dict(purity="purity", nmi="NMI", pair_f1="pair F", outliers="outliers")
+LABEL_METRICS = dict(purity="purity", nmi="NMI", pair_f1="pair F1", outliers="outliers")
 
 # %% ../../nbs/views/03_charts.ipynb #b8e254bc
 def _label_rows(log: str | Path | Sequence[dict]) -> list[dict]:
@@ -223,7 +224,7 @@ def _label_rows(log: str | Path | Sequence[dict]) -> list[dict]:
     for rows in read_log(log).values():
         found = [r for r in rows if is_complete(r)]
         if found: return found
-    raise DomainMixError("the log does not hold the quality of the labels",
+    raise DomainMixError("the log does not contain the quality of the labels",
                          "adapt with `truth`, if the true identities are known")
 
 # %% ../../nbs/views/03_charts.ipynb #082503c3
@@ -232,7 +233,7 @@ def label_curves(
     title: str = "Pseudo labels, epoch by epoch",
     ax=None,
 ):
-    "Purity, NMI, pair F and outliers of the pseudo labels of stage 1, in per cent."
+    "Purity, NMI, pair F1 and outliers of the pseudo labels of stage 1, in per cent."
     rows = _label_rows(log)
     figure, ax = _get_axes(ax, 4.6, 2.8)
     shades = colours(list(LABEL_METRICS))
@@ -300,7 +301,7 @@ def domain_curves(
 # %% ../../nbs/views/03_charts.ipynb #e92476fa
 METRICS = dict(
     mAP="mAP", rank1="rank-1", rank5="rank-5", rank10="rank-10", mINP="mINP", probe="domain probe",
-    purity="label purity", nmi="label NMI", pair_f1="label pair F",
+    purity="label purity", nmi="label NMI", pair_f1="label pair F1",
 )
 COUNT_METRICS = dict(clusters="labels", outliers="left out")          # counts, not in per cent
 

@@ -71,7 +71,7 @@ def choose_seed(
     "The seed to open, or an error if the run does not have it."
     if seeds is None:
         if seed in (None, run_seed): return run_seed
-        raise DomainMixError(f"{home} is a single run with seed {run_seed}, but seed {seed} is asked for",
+        raise DomainMixError(f"{home} is a single run with seed {run_seed}, but seed {seed} was requested",
                              "leave out the seed: it is for tables of runs")
     if not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):   # they name folders
         raise DomainMixError(f"the seeds in {home/'config.json'} are {seeds!r:.80}",
@@ -186,7 +186,7 @@ def read_features(
         except Exception as e: raise ValueError(str(e)) from e
         good = isinstance(found, np.memmap) and found.dtype == np.float32 and found.ndim == 2
         if not good or n not in (None, len(found)):
-            raise ValueError("it holds no table of features" + ("" if n is None else f" of {n:,} images"))
+            raise ValueError("it contains no table of features" + ("" if n is None else f" of {n:,} images"))
         if not np.isfinite(found).all(): raise ValueError("some features are not finite numbers")
         return np.array(found, order="C")
 

@@ -181,7 +181,7 @@ def sample_identities(
     who, count = np.unique(pid[pid >= 0], return_counts=True)
     who = who[count >= each]
     if len(who) < n:
-        raise DomainMixError(f"{len(who)} people have {each} images or more, not {n}",
+        raise DomainMixError(f"{n} people with {each} or more images are needed, but there are {len(who)}",
                              "ask for fewer people, or for fewer images of each")
     chosen = []
     for p in who[torch.randperm(len(who), generator=generator(seed, "people"))[:n].numpy()]:
@@ -282,7 +282,7 @@ def _choose_clusters(label, clusters, n):
     if clusters is None: clusters = names[np.argsort(-sizes, kind="stable")][:n].tolist()
     if not len(clusters):
         few, many = sizes.min(), sizes.max()
-        raise DomainMixError(f"none of the {len(names):,} clusters is to be shown",
+        raise DomainMixError(f"none of the {len(names):,} clusters is selected",
                              "name some clusters, or accept smaller ones: they have "
                              f"{few if few == many else f'{few} to {many}'} images")
     return clusters
@@ -304,7 +304,7 @@ def cluster_gallery(
     clusters: Sequence[int] | None = None,  # labels to show; None: the `n` largest
     n: int = 5,                             # rows
     per_row: int = 10,                      # images in a row, at most
-    title: str = "What shares a pseudo label",
+    title: str = "Images that share a pseudo label",
     height: int = 96,                       # pixels, of a thumbnail
     ax=None,
 ):

@@ -202,7 +202,7 @@ def with_label(control, text: str):
 # %% ../../nbs/views/05_widgets.ipynb #68c329a6
 NUMBER_TITLES = dict(
     clusters="clusters", outliers="images without a cluster", kept_clusters="clusters kept by Eq. (1)",
-    kept_images="images kept", purity="purity of those", pair_f1="pair F of those",
+    kept_images="images kept", purity="purity of those", pair_f1="pair F1 of those",
 )
 
 # %% ../../nbs/views/05_widgets.ipynb #19f4a9a6
