@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DomainMixError', 'expect_error', 'generator', 'pick_device', 'bf16_is_fast', 'int8_is_fast', 'autocast',
-           'compile_loop', 'to_jsonable', 'coerce_type', 'to_dict', 'from_dict', 'with_overrides', 'fingerprint',
-           'rank_and_size']
+           'compile_loop', 'later_setting', 'to_jsonable', 'coerce_type', 'to_dict', 'from_dict', 'with_overrides',
+           'fingerprint', 'rank_and_size']
 
 # %% ../nbs/00_core.ipynb #45ea48cf
 import contextlib
@@ -177,13 +177,26 @@ def _field_values(config: Any) -> dict:
     "The fields of a dataclass instance as a dict; nested ones stay as they are."
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
 
+# %% ../nbs/00_core.ipynb #75444a1e
+def later_setting(
+    default: Any,
+) -> Any:  # a field of a dataclass
+    "A setting that was added after runs were saved; at its default, which must do what those runs did, it is not saved."
+    return dataclasses.field(default=default, metadata={"later": True})
+
+# %% ../nbs/00_core.ipynb #a6730125
+def _saved_values(config: Any) -> dict:
+    "The fields of a dataclass instance that are saved."
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
+    return {k: v for k, v in _field_values(config).items() if k not in defaults or v != defaults[k]}
+
 # %% ../nbs/00_core.ipynb #45f79085
 def to_jsonable(
     value: Any,  # settings, scores, arrays, nested in any way
 ) -> Any:
     "`value` as dicts, lists, strings, booleans and finite numbers, which are all that JSON has."
     if _is_config(value):
-        value = _field_values(value)
+        value = _saved_values(value)
     if isinstance(value, dict):
         return {str(k): to_jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

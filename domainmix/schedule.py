@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .batches import AugmentConfig
-from .core import DomainMixError
+from .core import DomainMixError, later_setting
 
 # %% ../nbs/27_schedule.ipynb #2b4a4a8a
 def lr_schedule(
@@ -41,11 +41,11 @@ def lr_schedule(
 # %% ../nbs/27_schedule.ipynb #78edfc70
 def set_lr(
     optimiser: torch.optim.Optimizer,  # changed in place
-    lr: float,                         # for all of its parameters
+    lr: float | torch.Tensor,          # for all of its parameters; a tensor while a step is recorded (19_capture)
 ) -> None:
     "Set the learning rate of an optimiser."
     for group in optimiser.param_groups:
-        group["lr"] = float(lr)      # a plain number, so that a checkpoint needs no NumPy
+        group["lr"] = lr if isinstance(lr, torch.Tensor) else float(lr)    # a checkpoint needs no NumPy then
 
 # %% ../nbs/27_schedule.ipynb #5c8a51a4
 @dataclass
@@ -80,6 +80,8 @@ class TrainConfig(TrainSchedule):
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # number format; auto: bf16 where the hardware supports it
     channels_last: Literal["auto", "on", "off"] = "auto"  # channels of a pixel side by side in memory; auto: on
     fused: Literal["auto", "on", "off"] = "auto"  # Adam in one pass over memory; auto: on where torch supports it
+    # replay each training step as a CUDA graph; auto: on a GPU, if one process trains and Adam is fused
+    capture: Literal["auto", "on", "off"] = later_setting("auto")
 
 # %% ../nbs/27_schedule.ipynb #68ccdab5
 @dataclass

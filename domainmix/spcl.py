@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SpCLSchedule', 'SpCLConfig', 'memory_scores', 'occurrence_index', 'update_memory', 'RealLabels', 'MemoryBank',
            'full_batch', 'real_sampler', 'prepare_batch_norms', 'use_domain_bn', 'cluster_labels', 'update_labels',
-           'draw_union_batches', 'domain_losses', 'UnionBatches', 'init_memory', 'epoch_label_log', 'train_epoch',
-           'adapt_key', 'adapt']
+           'draw_union_batches', 'domain_losses', 'UnionBatches', 'init_memory', 'epoch_label_log', 'contrast_step',
+           'train_epoch', 'adapt_key', 'adapt']
 
 # %% ../nbs/34_spcl.ipynb #fd9c4364
 import functools
@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from .backbone import ReIDNet
 from .batches import AugmentConfig, ImageStack, PKSampler, TrainSet, augment, augmentation_numbers
 from .checkpoint import StageRun, data_key, weights_key
-from .core import DomainMixError, autocast, from_dict, generator, pick_device, to_dict
+from .capture import StepRecorder, may_record
+from .core import DomainMixError, autocast, from_dict, generator, later_setting, pick_device, to_dict
 from .distributed import all_gather_rows, call_on_rank0, check_divisible, mean_gradients, process_rows
 from .knn import camera_centre
 from .loading import class_means, embed_images, fetch_batch, load_batches, to_device_if_fits
@@ -68,6 +69,8 @@ class SpCLConfig(SpCLSchedule):
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # number format; auto: bf16 where the hardware supports it
     channels_last: Literal["auto", "on", "off"] = "auto"  # channels of a pixel side by side in memory; auto: on
     fused: Literal["auto", "on", "off"] = "auto"  # Adam in one pass over memory; auto: on where torch supports it
+    # replay each training step as a CUDA graph; auto: on a GPU, if one process trains and Adam is fused
+    capture: Literal["auto", "on", "off"] = later_setting("auto")
 
 # %% ../nbs/34_spcl.ipynb #c1274c5b
 def memory_scores(
@@ -325,6 +328,30 @@ def epoch_label_log(memory: RealLabels, truth: np.ndarray | None) -> dict:
     line = dict(clusters=int(label.max()) + 1, outliers=float((label < 0).mean()), threshold=memory.threshold.item())
     return line if truth is None else line | label_quality(label, np.asarray(truth))
 
+# %% ../nbs/34_spcl.ipynb #fc46d609
+def contrast_step(
+    net: nn.Module,                 # in training mode
+    memory: MemoryBank,
+    union_batches: UnionBatches,
+    optimiser: torch.optim.Optimizer,
+    image: Tensor,                  # (B, 3, H, W)
+    row: Tensor,                    # (B,) of the memory
+    lr: float | Tensor,             # learning rate
+    *, max_occurrences: int,        # of one row in the batch; a larger number gives the same result
+) -> dict[str, Tensor]:             # the loss terms
+    "Features of a batch, their loss against the memory, an optimiser step, an update of the memory."
+    set_lr(optimiser, lr)
+    with autocast(union_batches.device, union_batches.config.precision): feature = net.embed(image)
+    losses = domain_losses(memory(feature.float(), row), union_batches.synthetic is not None)
+    loss = sum(losses.values())
+    optimiser.zero_grad()
+    with mean_gradients(optimiser): loss.backward()
+    optimiser.step()
+    n_parts = len(union_batches.images)
+    feature, row = (all_gather_rows(x, n_parts) for x in (feature.detach().float(), row))
+    memory.update(feature, row, max_occurrences)
+    return {name: term.detach() for name, term in dict(loss=loss, **losses).items()}
+
 # %% ../nbs/34_spcl.ipynb #59bcc1df
 def train_epoch(
     net: nn.Module,
@@ -335,21 +362,15 @@ def train_epoch(
     batches: Iterator,                # from `UnionBatches.batches`
     run: StageRun,
 ) -> None:
-    "One epoch: features of a batch, their loss against the memory, an optimiser step, an update of the memory."
+    "One epoch of steps."
     net.train()
     use_domain_bn(net, "halves" if union_batches.synthetic is not None else 1)
-    for rate, (image, row, max_occurrences) in zip(run.steps(lr), batches):
-        set_lr(optimiser, rate)
-        with autocast(union_batches.device, union_batches.config.precision): feature = net.embed(image)
-        losses = domain_losses(memory(feature.float(), row), union_batches.synthetic is not None)
-        loss = sum(losses.values())
-        optimiser.zero_grad()
-        with mean_gradients(optimiser): loss.backward()
-        optimiser.step()
-        n_parts = len(union_batches.images)
-        feature, row = (all_gather_rows(x, n_parts) for x in (feature.detach().float(), row))
-        memory.update(feature, row, max_occurrences)
-        run.add(len(image), loss=loss, **losses)
+    enabled = may_record(union_batches.config.capture, union_batches.device, [optimiser])
+    step = functools.partial(contrast_step, net, memory, union_batches, optimiser)
+    do = StepRecorder(step, [net, memory, optimiser], union_batches.device, enabled)
+    for rate, (image, row, occurrences) in zip(run.steps(lr), batches):
+        terms = do(image, row, rate, max_occurrences=1 << (occurrences - 1).bit_length())
+        run.add(len(image), **terms)
 
 # %% ../nbs/34_spcl.ipynb #f3c259b1
 def adapt_key(net: ReIDNet, union_batches: UnionBatches, seed: int) -> dict:

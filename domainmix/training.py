@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['DOMAIN_LOSSES', 'starting_classifier', 'GradientReversal', 'accuracy', 'domain_feature', 'domain_terms',
-           'backbone_loss', 'discriminator_loss', 'TrainState', 'add_discriminator', 'make_train_state', 'train_step',
-           'train_key', 'open_batches', 'run_epoch', 'TrainResult', 'make_train_result', 'train', 'train_invariant']
+           'backbone_loss', 'discriminator_loss', 'TrainState', 'add_discriminator', 'make_train_state',
+           'update_networks', 'add_recorder', 'train_step', 'train_key', 'open_batches', 'run_epoch', 'TrainResult',
+           'make_train_result', 'train', 'train_invariant']
 
 # %% ../nbs/40_training.ipynb #bfa89bbe
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .backbone import ReIDNet
 from .batches import TrainSet
+from .capture import may_record, StepRecorder
 from .checkpoint import data_key, StageRun, weights_key
 from .classifier import ClassifierNet, compile_net, initial_classifier, mean_features, mean_over_views
 from .core import autocast, DomainMixError, fingerprint, from_dict, generator, pick_device, to_dict
@@ -29,7 +32,7 @@ from .distributed import all_gather_rows, mean_gradients
 from .loading import BatchLoader
 from .losses import discrimination_loss, domain_balance_loss, id_loss, kl_uniform_loss, triplet_loss
 from .norms import from_domain_bn, to_ghost_bn
-from .optimiser import adam, make_ema, move_to_device
+from .optimiser import adam, make_ema, move_to_device, update_ema
 from .schedule import DomainConfig, set_lr, TrainConfig, turn_schedule
 
 # %% ../nbs/40_training.ipynb #54cbc47b
@@ -143,6 +146,7 @@ class TrainState:
     disc_optimiser: torch.optim.Optimizer | None = None  # of the discriminator
     disc_lr_ratio: float = 100.                          # the discriminator's learning rate / the backbone's
     uses_reversal: bool = False                          # gradient reversal: both networks train in every step
+    recorder: StepRecorder | None = None                 # of `add_recorder`
 
     def checkpoint_parts(self) -> dict:
         "What a checkpoint holds: name -> something with a state_dict."
@@ -196,17 +200,18 @@ def make_train_state(
         add_discriminator(state, data.n_domains, config, seed, device)
     return state
 
-# %% ../nbs/40_training.ipynb #f52b91b5
-def train_step(
-    state: TrainState,                     # changed in place
-    batch: tuple[Tensor, Tensor, Tensor],  # images (B, 3, H, W), labels (B,), domains (B,)
-    is_disc_turn: bool,
-    lr: float,                             # of the backbone
-    reversal: float,                       # strength of gradient reversal
+# %% ../nbs/40_training.ipynb #b1da09d7
+def update_networks(
+    state: TrainState,       # changed in place
     config: TrainConfig,
-) -> dict[str, Tensor]:                    # the loss terms
-    "One step of the networks whose turn it is."
-    image, label, domain = batch
+    image: Tensor,           # (B, 3, H, W)
+    label: Tensor,           # (B,)
+    domain: Tensor,          # (B,)
+    lr: float | Tensor,      # of the backbone
+    reversal: float | Tensor,  # strength of gradient reversal
+    *, is_disc_turn: bool,
+) -> dict[str, Tensor]:      # the loss terms
+    "Move the networks whose turn it is by one step."
     optimisers = state.prepare_step(is_disc_turn, lr)
     if is_disc_turn:
         loss, terms = discriminator_loss(state.model, state.discriminator, image, domain, config)
@@ -218,8 +223,35 @@ def train_step(
         loss.backward()
     for optimiser in optimisers:
         optimiser.step()
+    return {name: term.detach() for name, term in terms.items()}
+
+# %% ../nbs/40_training.ipynb #18ea4719
+def add_recorder(
+    state: TrainState,     # changed in place
+    config: TrainConfig,
+    device: torch.device,
+) -> None:
+    "Let the state record its steps, where that is possible."
+    parts = [p for name, p in state.checkpoint_parts().items() if name != "average"]
+    optimisers = [p for p in parts if isinstance(p, torch.optim.Optimizer)]
+    enabled = may_record(config.capture, device, optimisers)
+    state.recorder = StepRecorder(partial(update_networks, state, config), parts, device, enabled)
+
+# %% ../nbs/40_training.ipynb #f52b91b5
+def train_step(
+    state: TrainState,                     # changed in place
+    batch: tuple[Tensor, Tensor, Tensor],  # images (B, 3, H, W), labels (B,), domains (B,)
+    is_disc_turn: bool,
+    lr: float,                             # of the backbone
+    reversal: float,                       # strength of gradient reversal
+    config: TrainConfig,
+) -> dict[str, Tensor]:                    # the loss terms, valid until the next step
+    "One step of the networks whose turn it is."
+    if state.recorder is None:
+        add_recorder(state, config, batch[0].device)
+    terms = state.recorder(*batch, lr, reversal, is_disc_turn=is_disc_turn)
     if state.average and not is_disc_turn:
-        state.average.update_parameters(state.model)
+        update_ema(state.average, state.model, config.ema)
     return terms
 
 # %% ../nbs/40_training.ipynb #58a78b47
