@@ -16,9 +16,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import domainmix
+from domainmix import capture
 from domainmix.checkpoint import StageSteps
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -68,6 +70,13 @@ def place() -> str:
     return f"{Path(frame.f_code.co_filename).name}: {frame.f_code.co_name}" if frame else "elsewhere"
 
 
+def called_by(folder: str) -> bool:
+    "Is a function of a file in `folder` the nearest that is neither this file's nor the mode's?"
+    frame = sys._getframe(1)
+    while frame and (frame.f_code.co_filename == __file__ or "torch/overrides" in frame.f_code.co_filename): frame = frame.f_back
+    return frame is not None and folder in frame.f_code.co_filename
+
+
 class Pretend(TorchFunctionMode):
     "Every call of torch, held against what a GPU would say."
     def __init__(self):
@@ -75,6 +84,7 @@ class Pretend(TorchFunctionMode):
         self.waits, self.steps, self.local = collections.Counter(), 0, threading.local()      # waits inside of training steps; those steps
 
     def wait(self) -> None:
+        if getattr(self.local, "recording", False): raise RuntimeError(f"a recorded step waits for the GPU: {place()}")
         if getattr(self.local, "stepping", False): self.waits[place()] += 1
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
@@ -139,10 +149,39 @@ class Pretend(TorchFunctionMode):
     def move(self, t: Tensor, onto: bool, change, *rest, **kwargs) -> Tensor:
         "`change` of `t`, onto the GPU or not; what comes from there is always waited for."
         moves = on_gpu(t) != onto
+        if moves and getattr(self.local, "recording", False) and called_by("torch/optim"): return t      # which asks C++ where the weights are: here
+        if moves and getattr(self.local, "recording", False): raise RuntimeError(f"a recorded step copies between host and GPU: {place()}")
         if moves and not (onto and (kwargs.get("non_blocking") or True in [a for a in rest if isinstance(a, bool)])): self.wait()
         out = change(t, *rest, **kwargs) if rest or kwargs or change is not Tensor.clone else t
         if moves and out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr(): out = out.clone()
         return put(out) if onto else out
+
+
+ATEN = torch.ops.aten
+DEPENDS_ON_DATA = {ATEN._local_scalar_dense, ATEN.item, ATEN.is_nonzero, ATEN.equal, ATEN.nonzero, ATEN.masked_select, ATEN.bincount,
+                   ATEN._unique, ATEN._unique2, ATEN.unique_dim, ATEN.unique_consecutive, ATEN.repeat_interleave}
+PUTS = {ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_}
+
+
+class Recordable(TorchDispatchMode):
+    "Refuses, also in a backward pass, what a CUDA graph cannot record: sizes and decisions that depend on values."
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        mask = f.overloadpacket in PUTS and any(isinstance(i, Tensor) and i.dtype is torch.bool for i in args[1])
+        sized = f.overloadpacket is ATEN.repeat_interleave and (kwargs or {}).get("output_size") is not None
+        if (f.overloadpacket in DEPENDS_ON_DATA or mask) and not sized: raise RuntimeError(f"{f} cannot be recorded: it depends on values")
+        return f(*args, **(kwargs or {}))
+
+
+def recorder(pretend):
+    "A recording that does the step again, and refuses what a CUDA graph cannot record."
+    def record(step):
+        def replay():
+            pretend.local.recording = True
+            try:
+                with Recordable(): return step()
+            finally: pretend.local.recording = False
+        return replay
+    return record
 
 
 class Stream(torch.Generator):
@@ -194,7 +233,8 @@ def gpu(free: int = 2**36,                       # bytes of its memory; images t
 
     with contextlib.ExitStack() as inside:
         for where, changes in ((torch.cuda, pretended(free, capability)), (torch, dict(Generator=Stream, autocast=Autocast)),
-                               (threading.Thread, dict(run=watched)), (StageSteps, dict(steps=counted))):
+                               (threading.Thread, dict(run=watched)), (StageSteps, dict(steps=counted)),
+                               (capture, dict(_on_side_stream=lambda step: step(), _record=recorder(mode)))):
             for name, value in changes.items(): inside.enter_context(patch.object(where, name, value))
         for check in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):     # would ask the driver
             if hasattr(torch.optim.Optimizer, check): inside.enter_context(patch.object(torch.optim.Optimizer, check, lambda _: None))
