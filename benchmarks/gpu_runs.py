@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from domainmix.files import load_json, load_jsonl, save_json
-from domainmix.runs.settings import TINY_SETTINGS, TRAINING_SECTIONS
+from domainmix.runs.settings import TINY_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 # Little data and few steps. All else is the backbone's own: averaged weights, checkpoints, schedules, batches of 64.
@@ -20,10 +20,8 @@ SHORT = {"pretrain": {"epochs": 3, "iterations": 40}, "spcl": {"epochs": 2, "ite
 UNSURE = {"spcl.cluster.reliability": False}     # so young a network gives few clusters to believe
 FULL = {"small": (signal.SIGKILL, SHORT),
         "resnet50_ibn": (signal.SIGTERM, {**SHORT, **UNSURE, "backbone": "resnet50_ibn", "net": {"weights": "none"}, "lower": 2})}
-FEW = {s: {"epochs": 2, "iterations": 1, "p": 4, "k": 2} for s in TRAINING_SECTIONS}
-TINY_IBN = {**{k: v for k, v in TINY_SETTINGS.items() if k != "net"}, **FEW, **UNSURE, "backbone": "osnet_ibn_x0_25"}
-LAST = {"all_stages": False}                     # scores of the last network only
-SMALL = {"small": (signal.SIGKILL, {**TINY_SETTINGS, **LAST}), "osnet_ibn_x0_25": (signal.SIGTERM, {**TINY_IBN, **LAST})}
+TINY = {**TINY_SETTINGS, "all_stages": False}
+SMALL = {"small": (signal.SIGKILL, TINY), "small-b": (signal.SIGTERM, {**TINY, "seed": 1})}
 STRIKE_AT = ("stage2", "stage3")                 # after the first epoch of these
 
 
