@@ -108,6 +108,13 @@ def explain(status, process, row, limit):
     return row.get("error", row.get("say", ""))
 
 
+def telling_lines(log):
+    "Of a log: where a crash or a hang was, as faulthandler says it, or else its last lines."
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    marks = [i for i, line in enumerate(lines) if line.startswith(("Fatal Python error", "Timeout ("))]
+    return lines[marks[-1]:][:LAST_LINES] if marks else lines[-LAST_LINES:]
+
+
 def do(name, args, results, limit, folder, how):
     "Run one section in its own process and return its row."
     began, (file, log) = time.time(), (folder / f"{name}.json", folder / f"{name}.log")
@@ -127,8 +134,7 @@ def do(name, args, results, limit, folder, how):
     status = status_of(process, row, timed_out)
     row = dict(status=status, seconds=round(time.time() - began, 2), limit_seconds=round(limit, 1)) | row
     if status != "ok":
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if log.exists() else []
-        row |= dict(said=explain(status, process, row, limit), where=tail)
+        row |= dict(said=explain(status, process, row, limit), where=telling_lines(log))
     return row
 
 

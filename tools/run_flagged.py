@@ -1,9 +1,9 @@
 """Run the notebooks that have flagged cells, with these cells: `python tools/run_flagged.py cuda`.
 
-The tests skip cells that are flagged `cuda`, `slow` or `data`. This command runs, for each notebook that has cells with a
-given flag, the cells without a flag and the cells with this flag, in order, up to the last of these. It needs neither Jupyter nor nbdev: each
-notebook is run by plain Python in a process of its own. It prints a line for each notebook. The exit code is 0 if all
-passed, 1 if one failed, 2 if nothing could be run.
+The tests skip cells that are flagged `cuda`, `slow` or `data`. This command runs, for each notebook that has cells with
+a given flag, the cells without a flag and the cells with this flag, in order, up to the last of these. It needs neither
+Jupyter nor nbdev: each notebook is run by plain Python in a process of its own. It prints a line for each notebook. The
+exit code is 0 if all passed, 1 if one failed, 2 if nothing could be run.
 """
 import argparse
 import contextlib
@@ -150,7 +150,6 @@ def main(argv=None):
     p.add_argument("--here", metavar="FILE", help=argparse.SUPPRESS)    # one notebook, in this process
     args = p.parse_args(argv)
     flags = set(args.flags)
-    faulthandler.enable()
     if args.here:
         faulthandler.dump_traceback_later(max(0.9 * args.timeout, args.timeout - 3))    # where it hangs
         return run_cells(args.here, flags)
