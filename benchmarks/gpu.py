@@ -1,8 +1,9 @@
 """Everything that wants a GPU, in one command of five minutes: `python benchmarks/gpu.py --out gpu.json`.
 
 Sections, the most important first, each in a process of its own with a hard limit of time: an exception, a full memory,
-a crash or a hang ends one section, and the others still run. The results are written after each section. `--device cpu
---small` runs all of it in miniature on a CPU; such figures mean nothing. benchmarks/README.md says how to read the file.
+a crash or a hang ends one section, and the others still run. The results are written after each section.
+`--device cpu --small` runs all of it in miniature on a CPU; such figures mean nothing. benchmarks/README.md says how to
+read the file.
 """
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""The agreement of a device with the CPU, or with an oracle, for benchmarks/gpu.py: outputs and gradients on the same numbers."""
+"""Does a device agree with the CPU, and with an oracle? Outputs and gradients, for benchmarks/gpu.py."""
 import traceback
 from copy import deepcopy
 
@@ -148,7 +148,9 @@ def norm_oracle(kind, net, x, grad, groups, domains):
         one = [F.batch_norm(g[:, half:], None, None, bn.weight.double(), bn.bias.double(), True, 0., bn.eps)
                for g in part.tensor_split(groups)]
         y = torch.cat(one)
-        if half: y = torch.cat([F.instance_norm(part[:, :half], weight=net[0].IN.weight.double(), bias=net[0].IN.bias.double()), y], 1)
+        if half:
+            weight, bias = net[0].IN.weight.double(), net[0].IN.bias.double()
+            y = torch.cat([F.instance_norm(part[:, :half], weight=weight, bias=bias), y], 1)
         out.append(y)
     y = torch.cat(out)
     y.backward(grad.double())
@@ -194,10 +196,13 @@ def training(b, device):
     data = TrainSet(*(torch.cat([getattr(p, k) + (8 * i if k == "label" else 0) for i, p in enumerate(parts)])
                       for k in ("images", "label", "camera", "domain")))
     net = build_backbone(BackboneConfig("small", width=8, stripes=2))
-    config = TrainConfig(epochs=3, iterations=2, p=8, k=4, lr=1e-4, ema=0.9, augment=AugmentConfig(flip=0., pad=0, erase=0.))
+    plain = AugmentConfig(flip=0., pad=0, erase=0.)
+    config = TrainConfig(epochs=3, iterations=2, p=8, k=4, lr=1e-4, ema=0.9, augment=plain)
+
     def history(device, precision):
         config.precision = precision
         return torch.tensor([line["loss"] for line in train(net, data, config, device=device).history])
+
     cpu = history("cpu", "fp32")
     return {"losses of steps": (off(cpu, history(device, "fp32")), 0.01),
             "losses of steps, bf16": (off(cpu, history(device, "bf16")), 0.03)}
@@ -220,4 +225,5 @@ def agreement(b):
         n += len(rows)
         wrong += [f"{name} is off by {row['off']:.1e}" for name, row in rows.items() if not row["agrees"]]
         b.keep(**{check.__name__: rows})
-    return dict(agrees=not wrong, wrong=wrong, say=f"{n} comparisons, " + (f"{len(wrong)} differ: {'; '.join(wrong[:3])}" if wrong else "all agree"))
+    told = f"{len(wrong)} differ: {'; '.join(wrong[:3])}" if wrong else "all agree"
+    return dict(agrees=not wrong, wrong=wrong, say=f"{n} comparisons, {told}")

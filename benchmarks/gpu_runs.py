@@ -1,4 +1,4 @@
-"""Whole runs for benchmarks/gpu.py: through `python -m domainmix.pipeline` to their end, undisturbed, and killed and resumed."""
+"""Whole runs for benchmarks/gpu.py: `python -m domainmix.pipeline` to its end, undisturbed, and killed and resumed."""
 import multiprocessing
 import os
 import runpy
@@ -19,7 +19,8 @@ SHORT = {"pretrain": {"epochs": 3, "iterations": 40}, "spcl": {"epochs": 2, "ite
          "stage2": {"epochs": 3, "iterations": 20}, "stage3": {"epochs": 4, "iterations": 10}, "world": WORLD}
 UNSURE = {"spcl.cluster.reliability": False}     # so young a network gives few clusters to believe
 FULL = {"small": (signal.SIGKILL, SHORT),
-        "resnet50_ibn": (signal.SIGTERM, {**SHORT, **UNSURE, "backbone": "resnet50_ibn", "net": {"weights": "none"}, "lower": 2})}
+        "resnet50_ibn": (signal.SIGTERM, {**SHORT, **UNSURE, "backbone": "resnet50_ibn", "net": {"weights": "none"},
+                                          "lower": 2})}
 TINY = {**TINY_SETTINGS, "all_stages": False}
 SMALL = {"small": (signal.SIGKILL, TINY), "small-b": (signal.SIGTERM, {**TINY, "seed": 1})}
 STRIKE_AT = ("stage2", "stage3")                 # after the first epoch of these
@@ -97,7 +98,8 @@ def strike_and_resume(b, config, how):
     began = time.time()
     check_code(start(b, config, log).wait(), 0, log)
     again = len(load_jsonl(home / "log.jsonl")) - epochs
-    return dict(signal=how.name, epochs_before=epochs, epochs_after=again, checkpoints=files, resume_seconds=time.time() - began)
+    return dict(signal=how.name, epochs_before=epochs, epochs_after=again, checkpoints=files,
+                resume_seconds=time.time() - began)
 
 
 def scores(config):
@@ -119,7 +121,7 @@ def both(b, folder, name, how, settings):
     row["mAP_off"] = max(abs(row["mAP"][k] - row["mAP_resumed"][k]) for k in row["mAP"])
     epochs = len(load_jsonl(run_home(whole) / "log.jsonl"))
     row["continued"] = blow["epochs_before"] + blow["epochs_after"] == epochs and blow["epochs_after"] < epochs
-    return row | dict(within=0.1 if b.gpu else 1e-9)    # a GPU adds in another order each time, and a young network notices
+    return row | dict(within=0.1 if b.gpu else 1e-9)    # a GPU may add in another order each time
 
 
 def safely(b, folder, name, how, settings):
@@ -139,5 +141,6 @@ def runs(b):
     wrong = [f"{name}: {row['error']}" for name, row in zip(cases, rows) if "error" in row]
     if wrong: raise RuntimeError("; ".join(wrong))
     far = [name for name, row in zip(cases, rows) if row["mAP_off"] > row["within"] or not row["continued"]]
-    done = ", ".join(f"{name} mAP {row['mAP']['last']:.3f}, resumed {row['mAP_resumed']['last']:.3f}" for name, row in zip(cases, rows))
+    done = ", ".join(f"{name} mAP {row['mAP']['last']:.3f}, resumed {row['mAP_resumed']['last']:.3f}"
+                     for name, row in zip(cases, rows))
     return dict(agrees=not far, say=done + (f"; resumed differently: {', '.join(far)}" if far else ""))

@@ -1,4 +1,4 @@
-"""The sections of benchmarks/gpu.py. Each takes a `Bench`, keeps its results part by part, and returns the last of them."""
+"""The sections of benchmarks/gpu.py. Each takes a `Bench`, keeps its results part by part and returns the last part."""
 import importlib.util
 import time
 import traceback
@@ -32,9 +32,9 @@ from domainmix.training import train
 from domainmix.world import STYLES, draw_domain
 
 # As many identities and images as RandPerson and MSMT17 have; a feature as long as ResNet-50's.
-FULL = dict(height=256, width=128, batch=64, a_ids=8000, a_per_id=4, b_ids=1041, b_per_id=31, warm=25, timed=60, profiled=4,
-            dim=2048, rows=(12_936, 32_621, 132_145), k1=30, queries=11_659, gallery=82_161, part=4096, drawn=4000,
-            files=640, input_batch=64, rounds=10)
+FULL = dict(height=256, width=128, batch=64, a_ids=8000, a_per_id=4, b_ids=1041, b_per_id=31, warm=25, timed=60,
+            profiled=4, dim=2048, rows=(12_936, 32_621, 132_145), k1=30, queries=11_659, gallery=82_161, part=4096,
+            drawn=4000, files=640, input_batch=64, rounds=10)
 SMALL = dict(height=32, width=16, batch=8, a_ids=10, a_per_id=4, b_ids=6, b_per_id=8, warm=1, timed=2, profiled=1,
              dim=64, rows=(300, 500), k1=8, queries=60, gallery=400, part=120, drawn=30,
              files=16, input_batch=8, rounds=2)
@@ -44,7 +44,8 @@ class Bench:
     "The settings and sizes of a section, what was measured before it, and its own results so far."
     def __init__(self, args, results, deadline, file):
         self.args, self.results, self.deadline, self.file = args, results, deadline, file
-        self.device, self.small, self.row = pick_device(args.device if args.device != "auto" else "cuda"), args.small, {}
+        self.device = pick_device("cuda" if args.device == "auto" else args.device)
+        self.small, self.row = args.small, {}
         self.sizes = SimpleNamespace(**(SMALL if args.small else FULL))
         self.gpu = self.device.type == "cuda"
 
@@ -144,9 +145,10 @@ def end_profile(b, profile, steps):
     if not b.gpu:
         top = [e for e in events if e.cpu_parent is None]
         return dict(operators=len(top) / steps, top=heaviest(top, steps))
-    on_gpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith("Optimizer.")]
+    on_gpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
     copies = [e for e in on_gpu if e.name.startswith(("Memcpy", "Memset"))]
-    kernels = [e for e in on_gpu if not e.name.startswith(("Memcpy", "Memset"))]
+    marks = ("Memcpy", "Memset", "Optimizer.")
+    kernels = [e for e in on_gpu if not e.name.startswith(marks)]
     calls = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CPU]
     launches = [n for n in calls if "Launch" in n]
     return dict(kernel_milliseconds=duration(kernels) / steps, copy_milliseconds=duration(copies) / steps,
@@ -163,7 +165,8 @@ def heaviest(events, steps, most=8):
     "The names that take most of the time."
     by_name = {}
     for e in events: by_name.setdefault(e.name, []).append(e)
-    rows = [dict(name=name[:120], calls=len(found) / steps, milliseconds=duration(found) / steps) for name, found in by_name.items()]
+    rows = [dict(name=name[:120], calls=len(found) / steps, milliseconds=duration(found) / steps)
+            for name, found in by_name.items()]
     return sorted(rows, key=lambda r: -r["milliseconds"])[:most]
 
 
@@ -181,7 +184,8 @@ def step_data(b):
         need = (a_ids * s.a_per_id + b_ids * s.b_per_id) * 3 * s.height * s.width
         share = min(1., torch.cuda.mem_get_info(b.device)[0] / 4 / need)
         a_ids, b_ids = (max(64, int(n * share)) for n in (a_ids, b_ids))
-    pid = torch.cat([torch.arange(a_ids).repeat_interleave(s.a_per_id), a_ids + torch.arange(b_ids).repeat_interleave(s.b_per_id)])
+    pid = torch.cat([torch.arange(a_ids).repeat_interleave(s.a_per_id),
+                     a_ids + torch.arange(b_ids).repeat_interleave(s.b_per_id)])
     return TrainSet(noise_images(b, len(pid)), pid, torch.arange(len(pid)) % 4, (pid >= a_ids).long())
 
 
@@ -214,7 +218,8 @@ def stage_calls(b, data, net):
     rows = torch.randn(data.n_classes, net.feature_dim, generator=generator(0, "bench", "rows")) * 1e-3
 
     def stage1(change):
-        with known_labels(label): adapt(net, a, images, camera, change(SpCLConfig(epochs=1, **few)), device=b.device)
+        config = change(SpCLConfig(epochs=1, **few))
+        with known_labels(label): adapt(net, a, images, camera, config, device=b.device)
 
     def stage(config, data, classifier=None):
         return lambda change: train(net, data, change(config), device=b.device, classifier=classifier)
@@ -266,6 +271,7 @@ def steps(b):
     for names, (images, call) in stage_calls(b, data, net).items():
         rows = {name: {} for name in names}
         for mode, changes in modes.items():
+            if b.gpu: torch.cuda.empty_cache()
             try: found = watch_stage(b, names, images, call, changes)
             except Exception as error:
                 traceback.print_exc()
@@ -284,9 +290,9 @@ def steps(b):
 def plain_step(b):
     "A step without what surrounds it, as `domainmix bench --what step` takes it: images a second by precision."
     s, ways = b.sizes, ("usual", "channels_last") if b.small else ("usual", "bf16")
-    found = bench_step(s.batch, "small" if b.small else b.args.backbone, s.height, s.width, 50 if b.small else 1000, ways, s.rounds,
-                       device=str(b.device), tell=print)
-    return found["ways"]
+    backbone, classes = ("small", 50) if b.small else (b.args.backbone, 1000)
+    where = dict(device=str(b.device), tell=print)
+    return bench_step(s.batch, backbone, s.height, s.width, classes, ways, s.rounds, **where)["ways"]
 
 
 # ---- clusters and evaluation
@@ -308,10 +314,12 @@ def clusters(b):
     b.keep(compiling=first)
     for n in b.sizes.rows:
         b.keep(**{str(n): cluster_row(b, n)})
-    done = ", ".join(f"{n:,}: {b.row[str(n)]['knn']['seconds']:.2f} + {b.row[str(n)]['jaccard']['seconds'] + b.row[str(n)]['dbscan']['seconds']:.2f} s"
-                     for n in b.sizes.rows)
-    wrong = [n for n in b.sizes.rows if b.row[str(n)]["faiss"].get("found", 1) < 0.999]
-    return dict(agrees=not wrong, say=f"neighbours + the rest of {done}" + (f"; faiss finds others at {wrong}" if wrong else ""))
+    rows = {n: b.row[str(n)] for n in b.sizes.rows}
+    after = {n: row["jaccard"]["seconds"] + row["dbscan"]["seconds"] for n, row in rows.items()}
+    done = ", ".join(f"{n:,}: {row['knn']['seconds']:.2f} + {after[n]:.2f} s" for n, row in rows.items())
+    wrong = [n for n, row in rows.items() if row["faiss"].get("found", 1) < 0.999]
+    told = f"; faiss finds others at {wrong}" if wrong else ""
+    return dict(agrees=not wrong, say=f"neighbours + the rest of {done}{told}")
 
 
 def cluster_row(b, n):
@@ -341,7 +349,8 @@ def by_faiss(b, x, k, ours):
 
         def search():
             index.add(rows)
-            return np.concatenate([index.search(part, k)[1] for part in np.array_split(rows, max(1, len(rows) // 8192))])
+            parts = np.array_split(rows, max(1, len(rows) // 8192))
+            return np.concatenate([index.search(part, k)[1] for part in parts])
         found, cost = measure(search)
     except Exception as error:                             # it is here only to be compared with
         return dict(left_out=f"{type(error).__name__}: {error}"[:300])
@@ -356,7 +365,8 @@ def evaluation(b):
     rank(x[:50], x[:50], pid[:50], pid[:50])               # what is slow the first time
     people = pid[:q], pid[q:], camera[:q], camera[q:]
     found, cost = measure(lambda: rank(x[:q], x[q:], *people))
-    return dict(queries=q, gallery=g, dim=b.sizes.dim, mAP=found.mAP, rank=cost, say=f"{q:,} x {g:,} in {cost['seconds']:.2f} s")
+    said = f"{q:,} x {g:,} in {cost['seconds']:.2f} s"
+    return dict(queries=q, gallery=g, dim=b.sizes.dim, mAP=found.mAP, rank=cost, say=said)
 
 
 # ---- images and input
@@ -368,11 +378,14 @@ def images(b):
         style = replace(STYLES["a"], ids=max(4, s.drawn // 11))
         draw_domain(replace(style, ids=4), 0, size, b.device)            # what is slow the first time
         drawn, cost = measure(lambda: draw_domain(style, 0, size, b.device))
-        b.keep(**{f"draw {size[0]}x{size[1]}": cost | dict(images=len(drawn), images_per_s=len(drawn) / cost["seconds"])})
+        row = cost | dict(images=len(drawn), images_per_s=len(drawn) / cost["seconds"])
+        b.keep(**{f"draw {size[0]}x{size[1]}": row})
     found = bench_input(s.files, s.input_batch, s.height, s.width, s.rounds, device=str(b.device), tell=print)
     speed = found["images_per_s"]
     drawn = b.row[f"draw {s.height}x{s.width}"]["images_per_s"]
-    return dict(input=found, say=f"images/s: drawn {drawn:,.0f}, from files {speed['usual']:,.0f}, memory {speed['memory']:,.0f}, map {speed['map']:,.0f}")
+    names = dict(usual="files", memory="memory", map="map")
+    said = ", ".join(f"{where} {speed[name]:,.0f}" for name, where in names.items())
+    return dict(input=found, say=f"images/s: drawn {drawn:,.0f}, from {said}")
 
 
 # ---- the paper's schedule
@@ -380,21 +393,25 @@ def images(b):
 def schedule(b):
     "Minutes of the paper's whole schedule, from the steps and clusters measured before."
     c, rows = configure(backbone="resnet50"), b.sizes.rows
+
     def step(name):
         found = b.results.get("steps", {}).get(name, {}).get("best")
         if found is None: raise RuntimeError(f"the steps of {name} were not measured: run the section steps too")
         return found["milliseconds"] / 6e4                 # minutes
     size = b.results.get("clusters", {}).get(str(rows[1]))
-    if not size or "dbscan" not in size: raise RuntimeError(f"clusters of {rows[1]:,} rows were not measured: run the section clusters too")
+    if not size or "dbscan" not in size:
+        raise RuntimeError(f"clusters of {rows[1]:,} rows were not measured: run the section clusters too")
     once = sum(size[part]["seconds"] for part in ("knn", "jaccard", "dbscan")) / 60
     half = c.stage3.epochs * c.stage3.iterations / 2       # of the steps are the discriminator's
     minutes = dict(stage1=c.spcl.epochs * c.spcl.iterations * step("stage1"), clusters=(c.spcl.epochs + 1) * once,
                    stage2=c.stage2.epochs * c.stage2.iterations * step("stage2"),
                    stage3=half * (step("stage3") + step("stage3 discriminator")))
     minutes["all"] = sum(minutes.values())
-    plan = {name: dict(epochs=part.epochs, iterations=part.iterations) for name, part in (("stage1", c.spcl), ("stage2", c.stage2), ("stage3", c.stage3))}
+    parts = dict(stage1=c.spcl, stage2=c.stage2, stage3=c.stage3)
+    plan = {name: dict(epochs=part.epochs, iterations=part.iterations) for name, part in parts.items()}
     return dict(minutes=minutes, plan=plan, left_out=["start-up", "first features", "evaluation"],
                 say="minutes: " + ", ".join(f"{name} {m:,.1f}" for name, m in minutes.items()))
 
 
-SECTIONS = dict(runs=runs, agreement=agreement, steps=steps, clusters=clusters, evaluation=evaluation, input=images, schedule=schedule)
+SECTIONS = dict(runs=runs, agreement=agreement, steps=steps, clusters=clusters, evaluation=evaluation, input=images,
+                schedule=schedule)

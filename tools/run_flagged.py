@@ -86,7 +86,7 @@ def run_cells(path, flags):
     main.display = display
     for number, source in chosen_cells(path, flags):
         name, source = f"{Path(path).name}, cell {number}", without_magics(source)
-        linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name    # for tracebacks and inspect
+        linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name    # for tracebacks
         try: exec(compile(source, name, "exec"), main.__dict__)
         except BaseException as error:
             traceback.print_exception(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
@@ -96,10 +96,12 @@ def run_cells(path, flags):
 
 def run_notebook(path, flags, timeout):
     "Run a notebook in a process of its own; whether it passed, and the last lines that it printed."
-    command = [sys.executable, "-X", "faulthandler", __file__, *sorted(flags), "--here", str(path), "--timeout", str(timeout)]
+    command = [sys.executable, "-X", "faulthandler", __file__, *sorted(flags), "--here", str(path),
+               "--timeout", str(timeout)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        job = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+        job = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                               start_new_session=True)
         try: code, why = job.wait(timeout), ""
         except subprocess.TimeoutExpired: code, why = None, f"ended after {timeout:.0f} s"
         finally:
@@ -116,7 +118,7 @@ def shown_path(path):
 
 
 def select(names, flags):
-    "The notebooks to run: those that are named, or whose path contains a name; without names all. Only those with a flagged cell."
+    "Notebooks with a flagged cell: those that are named, or whose path contains a name; without names all."
     files = [Path(n).resolve() for n in names if n.endswith(".ipynb") and Path(n).is_file()]
     parts = [n for n in names if Path(n).resolve() not in files]
     inside = [p for p in notebooks() if not names or any(n in p.relative_to(ROOT).as_posix() for n in parts)]
@@ -135,7 +137,8 @@ def run_all(paths, flags, timeout):
         start = time.perf_counter()
         passed, lines = run_notebook(path, flags, timeout)
         failed += not passed
-        print(f"{shown_path(path)}: {'passed' if passed else 'failed'}, {time.perf_counter() - start:.0f} s", flush=True)
+        seconds = time.perf_counter() - start
+        print(f"{shown_path(path)}: {'passed' if passed else 'failed'}, {seconds:.0f} s", flush=True)
         if not passed: print("\n".join(f"  {line}" for line in lines), flush=True)
     print(f"{len(paths) - failed} passed, {failed} failed")
     return EXIT_FAILED if failed else EXIT_OK
@@ -143,8 +146,10 @@ def run_all(paths, flags, timeout):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("flags", nargs="+", choices=FLAGS, metavar="FLAG", help="cells to run besides those without a flag: " + ", ".join(FLAGS))
-    p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of paths below nbs/, or files; without it all notebooks")
+    p.add_argument("flags", nargs="+", choices=FLAGS, metavar="FLAG",
+                   help="cells to run besides those without a flag: " + ", ".join(FLAGS))
+    p.add_argument("--only", nargs="+", default=[], metavar="NAME",
+                   help="parts of paths below nbs/, or files; without it all notebooks")
     p.add_argument("--timeout", type=float, default=300, help="seconds for each notebook [%(default)s]")
     p.add_argument("--without-gpu", action="store_true", help="run cells flagged cuda even if torch finds no GPU")
     p.add_argument("--here", metavar="FILE", help=argparse.SUPPRESS)    # one notebook, in this process
@@ -155,11 +160,12 @@ def main(argv=None):
         return run_cells(args.here, flags)
     paths = select(args.only, flags)
     if not paths:
-        print("error: no such notebook has a cell with this flag\n  -> leave --only out, or give another flag", file=sys.stderr)
+        print("error: no such notebook has a cell with this flag\n  -> leave --only out, or give another flag",
+              file=sys.stderr)
         return EXIT_NOTHING
     if "cuda" in flags and not args.without_gpu and not gpu_is_there():
-        print("error: torch finds no GPU here, and cells flagged cuda need one\n  -> run it on a machine with a GPU, or give --without-gpu",
-              file=sys.stderr)
+        print("error: torch finds no GPU here, and cells flagged cuda need one\n"
+              "  -> run it on a machine with a GPU, or give --without-gpu", file=sys.stderr)
         return EXIT_NOTHING
     return run_all(paths, flags, args.timeout)
 
