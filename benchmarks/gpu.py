@@ -37,7 +37,7 @@ def settings(argv=None):
     add("--out", default="gpu.json", help="the results; logs of the sections go into the folder OUT.logs [%(default)s]")
     add("--device", default="auto", help="auto (a GPU, or nothing is done), cuda, cuda:1, cpu [%(default)s]")
     add("--small", action="store_true", help="sizes so small that one core of a CPU is done within a minute")
-    add("--budget", type=float, default=300, help="seconds for all sections together [%(default)s]")
+    add("--budget", type=float, default=285, help="seconds for all sections together, after the start [%(default)s]")
     add("--sections", nargs="+", default=list(SHARES), choices=list(SHARES), metavar="NAME",
         help="which to run, in this order [" + " ".join(SHARES) + "]")
     add("--backbone", default="resnet50", help="network of the section steps [%(default)s]")
