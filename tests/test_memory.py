@@ -94,7 +94,7 @@ for channels in (3, 4, 7, 8, 12, 15, 16, 20):
         torch.set_num_threads(threads)
         torch.manual_seed(channels)
         conv = ResidualBlock(channels, 2 * channels, (2, 2)).downsample[0].to(memory_format=torch.channels_last)
-        x = torch.rand(16, channels, 33, 32, generator=g).contiguous(memory_format=torch.channels_last)
+        x = torch.rand(32, channels, 32, 16, generator=g).contiguous(memory_format=torch.channels_last)
         y = conv(x)
         gradient = torch.rand(y.shape, generator=g).contiguous(memory_format=torch.channels_last)
         got, = torch.autograd.grad(y, conv.weight, gradient)
