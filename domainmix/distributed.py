@@ -86,7 +86,8 @@ def check_one_gpu_each(device: str | torch.device) -> None:
     "Refuse a device that several processes of one machine would share; call it if there are several processes."
     kind, _, number = str(device).partition(":")
     if kind == "mps" or kind == "auto" and pick_device().type == "mps":
-        raise DomainMixError("several processes cannot share the one GPU of mps", "start one process, or give --device cpu")
+        remedy = "start one process, or give --device cpu"
+        raise DomainMixError("several processes cannot share the one GPU of mps", remedy)
     if number and kind != "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         raise DomainMixError(f"several processes would share {device}",
                              f"give --device {kind}: each process takes the GPU of its own number")

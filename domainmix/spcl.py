@@ -261,7 +261,8 @@ def _load_union_batch(
     numbers = process_rows(numbers, len(index))
     index, rows = [process_rows(i) for i in index], [process_rows(r) for r in rows]
     image = torch.cat([fetch_batch(x, i, device) for x, i in zip(union_batches.images, index)])
-    image = augment(image, config.augment, numbers).contiguous(memory_format=memory_layout(config.channels_last, device))
+    layout = memory_layout(config.channels_last, device)
+    image = augment(image, config.augment, numbers).contiguous(memory_format=layout)
     return image, torch.cat(rows).to(device, non_blocking=device.type == "cuda"), max_occurrences
 
 # %% ../nbs/34_spcl.ipynb #8964128e
