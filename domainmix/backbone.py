@@ -18,7 +18,7 @@ from torch import nn, Tensor
 
 from .core import DomainMixError
 from .world import BODY_PARTS
-from .body_parts import cut_out, load_parser, Parser
+from .body_parts import average_to_size, cut_out, load_parser, Parser
 from .norms import to_domain_bn
 from .bodies import _build_body, _add_input_channels, BackboneConfig
 from domainmix.weights import (
@@ -39,7 +39,7 @@ class PartMaps(NamedTuple):
 
     def location_weights(self) -> Tensor:
         "The weight of each place of the map in the average of a part: (B, P, h, w), at most 1 in all."
-        parts = F.adaptive_avg_pool2d(self.parts, self.map.shape[2:])
+        parts = average_to_size(self.parts, self.map.shape[2:])
         return parts / (parts.sum((2, 3), keepdim=True) + PART_EPS * parts.shape[2] * parts.shape[3])
 
     def averages(self) -> Tensor:
@@ -90,7 +90,7 @@ def _checked_images(x: Tensor, layout: torch.memory_format) -> Tensor:
     if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
         said = f"the images are {x.dtype} of shape {tuple(x.shape)}"
         raise DomainMixError(said, "give normalised images, float (B, 3, H, W)")
-    return x.contiguous(memory_format=layout)
+    return x.contiguous(memory_format=torch.contiguous_format if x.device.type == "mps" else layout)
 
 # %% ../nbs/24_backbone.ipynb #6242baf8
 def _average_map(maps: Tensor | PartMaps | tuple[Tensor | PartMaps, ...], averages: int) -> Tensor:
@@ -102,7 +102,7 @@ def _average_map(maps: Tensor | PartMaps | tuple[Tensor | PartMaps, ...], averag
     if maps.shape[2] < averages:
         said = f"cannot make {averages} stripes of a map with {maps.shape[2]} rows"
         raise DomainMixError(said, "use fewer stripes or taller images")
-    return F.adaptive_avg_pool2d(maps, (averages, 1)).float()[..., 0].mT.flatten(1)
+    return average_to_size(maps, (averages, 1)).float()[..., 0].mT.flatten(1)
 
 # %% ../nbs/24_backbone.ipynb #dd6e05da
 def _unit_feature(f: Tensor, weights: Tensor, views: int) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import compile_loop, DomainMixError
+from .core import compile_loop, DomainMixError, widest_float
 from .images import normalise
 from .records import Records
 
@@ -54,9 +54,10 @@ ERASE_TRIES = 10  # rectangles drawn for each image; the first that fits is eras
 def augmentation_numbers(
     n: int,                      # images
     generator: torch.Generator,  # where randomness comes from
-) -> Tensor:                     # float64 (n, 6 + 2 * ERASE_TRIES), uniform in [0, 1)
+) -> Tensor:                     # float64, on mps float32, (n, 6 + 2 * ERASE_TRIES), uniform in [0, 1)
     "The random numbers of a batch."
-    return torch.rand(n, 6 + 2 * ERASE_TRIES, dtype=torch.float64, generator=generator, device=generator.device)
+    dtype = widest_float(generator.device)
+    return torch.rand(n, 6 + 2 * ERASE_TRIES, dtype=dtype, generator=generator, device=generator.device)
 
 # %% ../nbs/16_batches.ipynb #a5b363f9
 def erase_boxes(

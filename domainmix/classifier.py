@@ -98,7 +98,7 @@ def compile_net(
     was_training = net.training
     try:
         net.eval().compile()
-        batch = normalise(images.to(device)).contiguous(memory_format=memory_layout(channels_last))
+        batch = normalise(images.to(device)).contiguous(memory_format=memory_layout(channels_last, device))
         with torch.no_grad():
             net(batch)
         return True

@@ -75,7 +75,7 @@ class FeatureCommand:
     skip_bad: bool = False          # leave unreadable images out, and count them
     feature: Literal["neck", "raw"] | None = None  # after (neck) or before (raw) the BN neck; None: as the model's run
     flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run
-    device: str = "auto"            # where to compute: auto, cpu or cuda
+    device: str = "auto"            # where to compute: auto, cpu, cuda, xpu or mps
     data: str = "data"              # the folder with runs/ and the decoded images
 
 # %% ../nbs/79_commands.ipynb #8ce03061
@@ -145,7 +145,7 @@ class TablesCommand:
     table: str                      # table1, table2, table3, world1, or a JSON file with name, presets, seeds, settings
     seeds: int | None = None        # how many seeds: 0, 1, ...; None: those of the table
     update: bool = False            # if a run's folder has other settings: repeat the stages that they concern
-    device: str = "auto"            # where to compute: auto, cpu or cuda
+    device: str = "auto"            # where to compute: auto, cpu, cuda, xpu or mps
     data: str = "data"              # the folder with the data sets and runs/
 
 # %% ../nbs/79_commands.ipynb #2a86bb68
@@ -185,7 +185,7 @@ class BenchCommand:
     ways: tuple[str, ...] = tuple(STEP_VARIANTS)  # step: variants to time: usual, channels_last, bf16, compiled
     rounds: int = 5                 # how often each way is timed; input is timed three times as often
     threads: int = 1                # threads of every library
-    device: str = "cpu"             # where this package computes, except in shortlist: cpu or cuda
+    device: str = "cpu"             # where this package computes, except in shortlist: cpu, cuda, ...
     out: str = "data/bench.json"    # file for the results (.json)
 
 # %% ../nbs/79_commands.ipynb #3c8f822b
@@ -315,8 +315,8 @@ def embed_by_onnx(args: EmbedCommand) -> np.ndarray:
     if fixed:
         raise DomainMixError(f"--onnx and --{fixed[0]} cannot be used together",
                              f"drop --{fixed[0]}: an exported network contains these settings")
-    if args.device.startswith("cuda"):
-        raise DomainMixError("--onnx and --device cuda cannot be used together",
+    if args.device.startswith(("cuda", "xpu", "mps")):
+        raise DomainMixError(f"--onnx and --device {args.device} cannot be used together",
                              "drop --device: onnxruntime works on the CPU here")
     return embed_onnx(args.onnx, args.images, args.out, args.skip_bad, data=args.data)
 

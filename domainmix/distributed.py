@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROCESS_TIMEOUT', 'BUCKET_SIZE', 'exit_with_launcher', 'all_gather_objects', 'check_same_device', 'close_distributed',
-           'init_distributed', 'call_on_rank0', 'call_rank0_first', 'any_process', 'check_divisible', 'process_rows',
-           'all_reduce_sum', 'all_reduce_mean', 'all_gather_rows', 'GradientReducer', 'mean_gradients', 'process_slice',
-           'join_slices', 'update_running_stats', 'CrossProcessBatchNorm', 'average_bn_stats']
+           'check_one_gpu_each', 'init_distributed', 'call_on_rank0', 'call_rank0_first', 'any_process',
+           'check_divisible', 'process_rows', 'all_reduce_sum', 'all_reduce_mean', 'all_gather_rows', 'GradientReducer',
+           'mean_gradients', 'process_slice', 'join_slices', 'update_running_stats', 'CrossProcessBatchNorm',
+           'average_bn_stats']
 
 # %% ../nbs/02_distributed.ipynb #edff7ba7
 import atexit
@@ -59,13 +60,17 @@ def all_gather_objects(
 
 # %% ../nbs/02_distributed.ipynb #23aa8cdf
 def check_same_device(device: torch.device) -> None:
-    "Refuse a mixture of GPUs and CPUs, and warn about GPUs of several kinds."
-    names = all_gather_objects(torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU")
+    "Refuse a mixture of GPUs and CPUs, or of cuda and xpu, and warn about GPUs of several kinds."
+    name = "CPU" if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
+    kinds, names = zip(*all_gather_objects((device.type, name)))
     if len(set(names)) == 1:
         return
     found = ", ".join(f"process {i} {n}" for i, n in enumerate(names))
-    if "CPU" in names:
+    if "cpu" in kinds:
         raise DomainMixError(f"some processes have a GPU and some do not: {found}",
+                             "start all processes with the same --device")
+    if len(set(kinds)) > 1:    # they have no common way to send messages, and would wait for each other
+        raise DomainMixError(f"GPUs of different makers cannot work together: {found}",
                              "start all processes with the same --device")
     if rank_and_size()[0] == 0:
         warnings.warn(f"GPUs of several kinds work together: {found}. Every step waits for the slowest")
@@ -77,6 +82,17 @@ def close_distributed() -> None:
         return
     dist.destroy_process_group()
     gc.collect()    # one of two processes aborted at its end in 3 of 42 runs without this line, and in 0 of 32 with it
+
+# %% ../nbs/02_distributed.ipynb #bea74800
+def check_one_gpu_each(device: str | torch.device) -> None:
+    "Refuse a device that several processes of one machine would share; call it if there are several processes."
+    kind, _, number = str(device).partition(":")
+    if kind == "mps" or kind == "auto" and pick_device().type == "mps":
+        remedy = "start one process, or give --device cpu"
+        raise DomainMixError("several processes cannot share the one GPU of mps", remedy)
+    if number and kind != "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise DomainMixError(f"several processes would share {device}",
+                             f"give --device {kind}: each process takes the GPU of its own number")
 
 # %% ../nbs/02_distributed.ipynb #ab961519
 def init_distributed(
@@ -91,6 +107,7 @@ def init_distributed(
     except ImportError:
         raise DomainMixError(f"{expected} processes were started, but accelerate is not installed",
                              "pip install accelerate, or start one process") from None
+    check_one_gpu_each(device)
     device = pick_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ:      # started by torchrun
         exit_with_launcher(os.getppid())

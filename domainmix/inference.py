@@ -212,7 +212,7 @@ class Model:
     width: int
     feature: str  # neck or raw: after the BN neck, or before it
     flip: bool  # average with the feature of the mirror image
-    device: str  # auto, cpu, cuda
+    device: str  # auto, cpu, cuda, xpu or mps
     source: str  # run/stage, or the file's name
 
     def __repr__(self) -> str:
@@ -231,7 +231,7 @@ class Model:
 def load(
     model: str | Path,  # a run's name or folder, a stage's folder, or a .safetensors file
     data: str | Path = "data",  # the folder in which a run's name is looked up
-    device: str = "auto",  # auto, cpu, cuda
+    device: str = "auto",  # auto, cpu, cuda, xpu or mps
 ) -> Model:
     "Load a trained network with the options of its run."
     pick_device(device)  # refuse a missing GPU now, and not at the first image

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .core import DomainMixError, bf16_is_fast, compile_loop, generator, int8_is_fast
+from .core import DomainMixError, bf16_is_fast, compile_loop, generator, int8_is_fast, widest_float
 
 # %% ../nbs/31_knn.ipynb #815ca1b6
 def toy_features(
@@ -73,6 +73,7 @@ def unit_rows(
 ) -> torch.Tensor:                        # (N, D) fp32
     "`features` as fp32 rows of length one."
     x = _feature_matrix(features, what)
+    if widest_float(x.device) != torch.float64: x = x.cpu()     # mps: ranking and clustering run on the CPU
     if x.dtype == torch.float32 and ((x.norm(dim=1) - 1).abs() < 1e-5).all(): return x    # False for NaN too
     out = torch.empty(x.shape, device=x.device)
     for i in range(0, len(x), 4096):      # in parts: the result is the only full copy

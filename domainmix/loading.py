@@ -18,7 +18,7 @@ from torch import nn, Tensor
 
 from .batches import augment, augmentation_numbers, ImageStack, PKSampler, TrainSet
 from .checkpoint import T
-from .core import autocast, generator
+from .core import autocast, free_memory, generator
 from .distributed import check_divisible, join_slices, process_rows, process_slice
 from .images import normalise
 from .optimiser import memory_layout
@@ -48,10 +48,9 @@ def to_device_if_fits(
     device: torch.device,         # the device of the network
 ) -> Tensor | ImageStack:
     "The images on the device if they fill at most half of its free memory; else unchanged."
-    if device.type != "cuda" or images.device == device:
+    if device.type == "cpu" or images.device == device:
         return images
-    free, _ = torch.cuda.mem_get_info(device)
-    return images.to(device) if images.nbytes < free / 2 else images
+    return images.to(device) if images.nbytes < free_memory(device) / 2 else images
 
 # %% ../nbs/30_loading.ipynb #6af3fb10
 def fetch_batch(
@@ -66,7 +65,7 @@ def fetch_batch(
         batch = images.index_select(0, index.to(images.device, non_blocking=True))
     if device.type == "cuda" and batch.device.type == "cpu":
         batch = batch.pin_memory()                       # without it the copy would block
-    return batch.to(device, non_blocking=True)
+    return batch.to(device, non_blocking=device.type == "cuda")
 
 # %% ../nbs/30_loading.ipynb #d511951f
 def _put_unless_ended(made: queue.Queue, entry: tuple, ended: threading.Event) -> bool:
@@ -183,7 +182,7 @@ class BatchLoader:
     def __init__(self, data: TrainSet, config: TrainConfig, seed: int, stage: str, device: torch.device):
         p = check_divisible(config.p, stage)
         self.sampler = PKSampler(data.label, data.camera, data.domain, p, config.k, balance=config.balance)
-        self.augment, self.layout = config.augment, memory_layout(config.channels_last)
+        self.augment, self.layout = config.augment, memory_layout(config.channels_last, device)
         self.seed, self.stage, self.device = seed, stage, device
         self.images = to_device_if_fits(data.images, device)
         self.label, self.domain = data.label.to(device), data.domain.to(device)
@@ -192,7 +191,7 @@ class BatchLoader:
         "Images (B, 3, H, W) float, labels (B,), domains (B,): this process's share of one batch."
         index = process_rows(index, views)
         image = augment(fetch_batch(self.images, index, self.device), self.augment, process_rows(numbers, views))
-        index = index.to(self.device, non_blocking=True)
+        index = index.to(self.device, non_blocking=self.device.type == "cuda")
         return image.contiguous(memory_format=self.layout), self.label[index], self.domain[index]
 
     def __call__(self, epoch: int, stream_name: str, views: int = 1, done: int = 0) -> Iterator[tuple[Tensor, ...]]:

@@ -50,12 +50,16 @@ def adam(
 
 # %% ../nbs/28_optimiser.ipynb #84e82137
 def memory_layout(
-    channels_last: str = "auto",  # 'auto', 'on' or 'off'; auto is on
+    channels_last: str = "auto",          # 'auto', 'on' or 'off'; auto is on, but not on mps
+    device: torch.device | str = "cpu",   # where the network runs
 ) -> torch.memory_format:
     "The memory format of the feature maps of a network."
     if channels_last not in AUTO_ON_OFF:
         raise DomainMixError(f"channels_last is {channels_last!r}", f"use {', '.join(AUTO_ON_OFF)}")
-    return torch.contiguous_format if channels_last == "off" else torch.channels_last
+    on_mps = torch.device(device).type == "mps"
+    if on_mps and channels_last == "on":
+        raise DomainMixError("channels_last is 'on', but on mps the channels come first", "set it to auto or off")
+    return torch.contiguous_format if channels_last == "off" or on_mps else torch.channels_last
 
 # %% ../nbs/28_optimiser.ipynb #4b8ff8d5
 def move_to_device(
@@ -64,7 +68,7 @@ def move_to_device(
     channels_last: str = "auto",  # as for `memory_layout`
 ) -> nn.Module:
     "The network on the device in a memory format, which it will also use for its images."
-    net.layout = memory_layout(channels_last)
+    net.layout = memory_layout(channels_last, device)
     return net.to(device, memory_format=net.layout)
 
 # %% ../nbs/28_optimiser.ipynb #611be2d5

@@ -25,7 +25,9 @@ from .backbone import ReIDNet
 from .batches import AugmentConfig, ImageStack, PKSampler, TrainSet, augment, augmentation_numbers
 from .checkpoint import StageRun, data_key, weights_key
 from .capture import StepRecorder, may_record
-from .core import DomainMixError, autocast, from_dict, generator, later_setting, pick_device, to_dict
+from domainmix.core import (
+    DomainMixError, autocast, from_dict, generator, later_setting, pick_device, to_dict, widest_float,
+)
 from .distributed import all_gather_rows, call_on_rank0, check_divisible, mean_gradients, process_rows
 from .knn import camera_centre
 from .loading import class_means, embed_images, fetch_batch, load_batches, to_device_if_fits
@@ -264,8 +266,9 @@ def _load_union_batch(
     numbers = process_rows(numbers, len(index))
     index, rows = [process_rows(i) for i in index], [process_rows(r) for r in rows]
     image = torch.cat([fetch_batch(x, i, device) for x, i in zip(union_batches.images, index)])
-    image = augment(image, config.augment, numbers).contiguous(memory_format=memory_layout(config.channels_last))
-    return image, torch.cat(rows).to(device, non_blocking=True), max_occurrences
+    layout = memory_layout(config.channels_last, device)
+    image = augment(image, config.augment, numbers).contiguous(memory_format=layout)
+    return image, torch.cat(rows).to(device, non_blocking=device.type == "cuda"), max_occurrences
 
 # %% ../nbs/34_spcl.ipynb #8964128e
 def domain_losses(
@@ -407,8 +410,9 @@ def _adapt_state(net: ReIDNet, union_batches: UnionBatches) -> tuple[ReIDNet, Me
     "A copy of the network with the batch norms of stage 1, an empty memory, and the optimiser."
     c, device, n_real = union_batches.config, union_batches.device, len(union_batches.images[-1])
     net = move_to_device(prepare_batch_norms(net, c, union_batches.synthetic is not None), device, c.channels_last)
-    memory = MemoryBank(union_batches.n_synthetic, n_real, net.feature_dim, c.temperature, c.momentum).to(device)
-    return net, memory, adam(net, c.lr, c.weight_decay, c.fused)
+    memory = MemoryBank(union_batches.n_synthetic, n_real, net.feature_dim, c.temperature, c.momentum)
+    memory.threshold = memory.threshold.to(widest_float(device))
+    return net, memory.to(device), adam(net, c.lr, c.weight_decay, c.fused)
 
 # %% ../nbs/34_spcl.ipynb #fc0ea14f
 def _adapt_result(net: ReIDNet, memory: MemoryBank, union_batches: UnionBatches, real_images: Tensor):

@@ -56,8 +56,11 @@ def resident_bytes() -> int | None:
 # %% ../../nbs/bench/00_training.ipynb #8939cb01
 def wait_for_gpu() -> None:
     "Wait until the GPU, if there is one, has finished its work."
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    for kind in (torch.cuda, torch.xpu):
+        if kind.is_available():
+            kind.synchronize()
+    if torch.backends.mps.is_available():
+        torch.mps.synchronize()
 
 # %% ../../nbs/bench/00_training.ipynb #22398425
 class MemoryWatch:

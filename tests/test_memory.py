@@ -1,0 +1,128 @@
+"""No code writes outside its memory: compiled loops with checked bounds, and the convolutions that oneDNN gets wrong."""
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from domainmix.bodies import BODIES, MIN_STRIDED_CHANNELS, BackboneConfig, PointConv
+from sync import ROOT, modules
+
+LOOPS = Path(__file__).parent / "loops.py"
+RAW_MEMORY = re.compile(r"\b(njit|jit|vectorize|guvectorize|cfunc|stencil|carray|farray|ctypes|cffi|CDLL|from_buffer|frombuffer|data_ptr|"
+                        r"as_strided|as_strided_|set_|memmove|__array_interface__|__cuda_array_interface__)\b")
+KNOWN = {("domainmix/core.py", "njit"),                                              # `compile_loop`
+         ("domainmix/bench/training.py", "ctypes"), ("domainmix/bench/training.py", "CDLL")}    # malloc_trim: no array
+
+
+def functions(tree) -> dict[str, ast.FunctionDef]: return {f.name: f for f in tree.body if isinstance(f, ast.FunctionDef)}
+
+
+def called(node, names) -> set[str]: return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in names}
+
+
+def compiled_loops(root: Path) -> set[str]:
+    "The functions that the package compiles: those given to `compile_loop`, and what they call by a name of their module."
+    given, defined = set(), {}
+    for name in modules(root):
+        tree = ast.parse((root / name).read_text(encoding="utf-8"))
+        defined |= {f: (node, functions(tree)) for f, node in functions(tree).items()}
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "compile_loop" and n.args]
+        assert all(isinstance(c.args[0], ast.Name) for c in calls), f"{name}: give compile_loop a function by its name"
+        given |= {c.args[0].id for c in calls}
+    todo, found = list(given), set()
+    while todo:
+        if (name := todo.pop()) in found: continue
+        found.add(name)
+        node, beside = defined[name]
+        todo += called(node, set(beside)) - {name}
+    return found
+
+
+def run_loops(folder: Path, *parts: str, root: Path = ROOT) -> subprocess.CompletedProcess:
+    env = {**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(folder), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(LOOPS), *parts]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
+
+
+def test_every_compiled_loop_runs_with_checked_bounds(tmp_path):
+    done = run_loops(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = set(done.stdout.strip().splitlines()[-1].removeprefix("ran:").split())
+    assert ran == compiled_loops(ROOT), "tests/loops.py must run every function that compile_loop gets"
+
+
+def test_a_loop_that_goes_one_too_far_is_found(tmp_path):
+    shutil.copytree(ROOT / "domainmix", tmp_path / "domainmix", ignore=shutil.ignore_patterns("__pycache__"))
+    file = tmp_path / "domainmix" / "batches.py"
+    right, text = "for x in range(len(piece)):", file.read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    file.write_text(text.replace(right, "for x in range(len(piece) + 1):"), encoding="utf-8")
+    done = run_loops(tmp_path, "augmentations", root=tmp_path)
+    assert done.returncode and "IndexError" in done.stderr, done.stdout + done.stderr
+
+
+def test_a_new_loop_is_noticed(tmp_path):
+    (tmp_path / "domainmix").mkdir()
+    text = "def helper(a): pass\ndef loop(a): helper(a)\ndef caller(): compile_loop(loop)\n"
+    (tmp_path / "domainmix" / "new.py").write_text(text)
+    assert compiled_loops(tmp_path) == {"helper", "loop"}
+
+
+def test_raw_memory_is_used_nowhere_else():
+    found = set()
+    for name in modules(ROOT):
+        if name.endswith("_modidx.py"): continue
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        words = [getattr(n, key) for n in ast.walk(tree) for key in ("id", "attr", "module") if isinstance(getattr(n, key, None), str)]
+        words += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names]
+        found |= {(Path(name).as_posix(), w) for word in words for w in RAW_MEMORY.findall(word)}
+    assert found == KNOWN, "code that can write outside an array goes through compile_loop, or its check comes with it"
+
+
+CONVOLUTIONS = """
+import torch
+from domainmix.bodies import ResidualBlock
+g = torch.Generator().manual_seed(0)
+for channels in (3, 4, 7, 8, 12, 15, 16, 20):
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(channels)
+        conv = ResidualBlock(channels, 2 * channels, (2, 2)).downsample[0].to(memory_format=torch.channels_last)
+        x = torch.rand(32, channels, 32, 16, generator=g).contiguous(memory_format=torch.channels_last)
+        y = conv(x)
+        gradient = torch.rand(y.shape, generator=g).contiguous(memory_format=torch.channels_last)
+        got, = torch.autograd.grad(y, conv.weight, gradient)
+        kept = x[:, :, ::2, ::2].double()
+        wanted = torch.einsum("bohw,bihw->oi", gradient.double(), kept)[:, :, None, None]
+        assert ((got - wanted).abs().max() / wanted.abs().max()).item() < 1e-4, f"{channels} channels, {threads} threads"
+        assert torch.allclose(y, torch.einsum("oi,bihw->bohw", conv.weight[:, :, 0, 0], kept.float()), atol=1e-4)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+print("fine")
+"""
+
+
+def test_strided_convolutions_of_few_channels_stay_in_their_memory(tmp_path):
+    "In a process of its own: oneDNN's fault gives wrong gradients, destroys the heap, or never ends."
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165"}
+    command = [sys.executable, "-c", CONVOLUTIONS]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip() == "fine", done.stdout + done.stderr
+
+
+def risky(net: nn.Module) -> list[str]:
+    "Convolutions that oneDNN may compute with a fault: 1 x 1, a stride, few input channels."
+    return [name for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and not isinstance(m, PointConv)
+            and m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels // m.groups < MIN_STRIDED_CHANNELS]
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_no_body_has_a_risky_convolution(name):
+    for width in (8, 12, 16) if name == "small" else (32,):
+        assert not risky(BODIES[name](BackboneConfig(name, width=width))[0])
+    assert risky(nn.Sequential(nn.Conv2d(8, 16, 1, 2))) == ["0"]
