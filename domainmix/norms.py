@@ -53,14 +53,14 @@ def _as_groups(x: Tensor, domains: int, groups: int) -> Tensor:
     pixels = x.unsqueeze(2) if x.ndim == 2 else x.flatten(2)
     return pixels.unflatten(0, (domains, groups, -1)).transpose(3, 4)
 
-# %% ../nbs/21_norms.ipynb #c060ece6
-def _group_means(v: Tensor, by_image: int) -> Tensor:
+# %% ../nbs/21_norms.ipynb #6834596c
+def _reduce_groups(v: Tensor, by_image: int, over_pixels=torch.mean) -> Tensor:
     "Means of (n, S, K, P, C) over the group, (n, S, 1, 1, C); with channels `by_image`, (n, S, K, 1, C)."
     if not by_image:
-        return v.mean((2, 3), keepdim=True)
-    means = v.mean(3, keepdim=True)
-    means[..., by_image:] = means[..., by_image:].mean(2, keepdim=True)
-    return means
+        return over_pixels(v, (2, 3), keepdim=True)
+    values = over_pixels(v, 3, keepdim=True)
+    values[..., by_image:] = values[..., by_image:].mean(2, keepdim=True)
+    return values
 
 # %% ../nbs/21_norms.ipynb #e11fe7ff
 def _layout_of(x: Tensor) -> torch.memory_format:
@@ -68,38 +68,47 @@ def _layout_of(x: Tensor) -> torch.memory_format:
     last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
-# %% ../nbs/21_norms.ipynb #24ab5698
+# %% ../nbs/21_norms.ipynb #9c1d98cb
+def _into_map(like: Tensor, domains: int, groups: int, operation, *args) -> Tensor:
+    "The result (n, S, K, P, C) of `operation(*args)` in shape, type and layout of `like`."
+    out = torch.empty_like(like, memory_format=_layout_of(like))
+    place = _as_groups(out, domains, groups)
+    if torch.compiler.is_compiling():        # a compiler refuses a view as `out`, and makes one operation of the two
+        place.copy_(operation(*args))
+    else:
+        operation(*args, out=place)
+    return out
+
+# %% ../nbs/21_norms.ipynb #ef6c9ee3
 def _grouped_forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, by_image: int, eps: float, centre: bool,
 ) -> tuple[Tensor, ...]:
     "Normalised `x`; for the gradient: x or centred values, mean or None, 1 / deviation; mean, variance (n, C)."
     y = _as_groups(x, len(weight), groups).to(torch.promote_types(x.dtype, torch.float32))
-    mean = _group_means(y, by_image)
+    mean = _reduce_groups(y, by_image)
     y = y - mean
-    var = _group_means(y * y, by_image)
+    var = _reduce_groups(y * y, by_image)
     inv = (var + eps).rsqrt()
     scale, shift = (w[:, None, None, None].to(y.dtype) for w in (weight, bias))
-    out = torch.empty_like(x, memory_format=_layout_of(x))
-    torch.addcmul(shift, y, scale * inv, out=_as_groups(out, len(weight), groups))
+    out = _into_map(x, len(weight), groups, torch.addcmul, shift, y, scale * inv)
     n = y.shape[2] * y.shape[3]                                                # values of a channel of a group
     of_domain = mean[:, :, 0, 0].mean(1), var[:, :, 0, 0].mean(1) * (n / (n - 1))
     return out, *((y, None) if centre else (x, mean)), inv, *of_domain
 
-# %% ../nbs/21_norms.ipynb #ad4cf10a
+# %% ../nbs/21_norms.ipynb #888c1715
 def _grouped_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, inv: Tensor, groups: int, by_image: int,
 ) -> tuple[Tensor, ...]:
     "The gradients of x, weight and bias; without `mean`, `x` has the centred values of `_grouped_forward`."
     g = _as_groups(grad, len(weight), groups).to(inv.dtype)
     y = x if mean is None else _as_groups(x, len(weight), groups).to(inv.dtype) - mean
-    g_mean, gx_mean = _group_means(g, by_image), _group_means(g * y, by_image) * inv
-    n = g.shape[2] * g.shape[3] // inv.shape[2]                         # values that share their statistics
-    d_weight, d_bias = ((m.sum((1, 2, 3)) * n).to(weight.dtype) for m in (gx_mean, g_mean))
+    g_sum, gx_sum = (_reduce_groups(v, by_image, torch.sum) for v in (g, g * y))
+    gx_sum = gx_sum * inv
+    d_weight, d_bias = (v.sum((1, 2, 3)).to(weight.dtype) for v in (gx_sum, g_sum))
+    n = g.shape[2] * g.shape[3] // inv.shape[2]                         # values that were summed
+    inner = torch.addcmul(g, y, gx_sum * inv, value=-1 / n).sub_(g_sum, alpha=1 / n)
     scale = weight[:, None, None, None].to(inv.dtype) * inv
-    d_x = torch.empty_like(grad, memory_format=_layout_of(grad))
-    inner = torch.addcmul(-g_mean, y, -gx_mean * inv).add_(g)
-    torch.mul(inner, scale, out=_as_groups(d_x, len(weight), groups))
-    return d_x, d_weight, d_bias
+    return _into_map(grad, len(weight), groups, torch.mul, inner, scale), d_weight, d_bias
 
 # %% ../nbs/21_norms.ipynb #ac1aa7b7
 COMPILE_NORMS = "auto"   # compile ghost BN, domain BN and IBN: 'on', 'off', or 'auto', which is on for a GPU
@@ -128,7 +137,7 @@ def _call_norm(f, compiled: bool, *args) -> tuple[Tensor, ...]:
         warnings.warn(f"torch.compile does not work here, batch norms by group run uncompiled: {why:.200}")
         return f(*args)
 
-# %% ../nbs/21_norms.ipynb #630ee835
+# %% ../nbs/21_norms.ipynb #9a48091f
 class _GroupedNorm(torch.autograd.Function):
     "`_grouped_forward` and `_grouped_backward`: the normalised x, and mean and variance (n, C)."
     @staticmethod
@@ -140,7 +149,8 @@ class _GroupedNorm(torch.autograd.Function):
         out, kept, mean, inv, *of_domain = _call_norm(_grouped_forward, ctx.compiled, *arguments)
         ctx.save_for_backward(kept, weight, mean, inv)
         ctx.mark_non_differentiable(*of_domain)
-        return out, *of_domain
+        ctx.set_materialize_grads(False)              # no zeros as gradients of mean and variance
+        return out.detach(), *of_domain               # not a view, so that a ReLU may change it in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -148,7 +158,7 @@ class _GroupedNorm(torch.autograd.Function):
         arguments = (grad, *ctx.saved_tensors, ctx.groups, ctx.by_image)
         return *_call_norm(_grouped_backward, ctx.compiled, *arguments), None, None, None
 
-# %% ../nbs/21_norms.ipynb #52c75ea4
+# %% ../nbs/21_norms.ipynb #b20f0451
 class _LoopedNorm(torch.autograd.Function):
     "As `_GroupedNorm`, without channels by image: torch's CPU kernels write each group into its place."
     @staticmethod
@@ -163,6 +173,7 @@ class _LoopedNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, stats)
         ctx.groups, ctx.eps = groups, eps
         ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
         return out, mean, var
 
     @staticmethod
@@ -199,7 +210,20 @@ def _can_group(x: Tensor, bns: list[_BatchNorm], by_image: int = 0) -> bool:
     one_activation = len(bns) == 1 or len(list(first.parameters())) == 2          # a PReLU has a third
     return one_activation and len(x) % groups == 0 and x.numel() > groups * x.shape[1]
 
-# %% ../nbs/21_norms.ipynb #bb317a5f
+# %% ../nbs/21_norms.ipynb #e4224ffe
+def _update_domains(bns: list[_BatchNorm], mean: Tensor, var: Tensor) -> None:
+    "`update_running_stats` for the BN of each domain, (n, C), in as few operations as possible."
+    mean, var = mean.to(bns[0].running_mean.dtype), var.to(bns[0].running_var.dtype)
+    momenta = {bn.momentum for bn in bns}
+    if None in momenta or len(momenta) > 1:
+        for bn, m, v in zip(bns, mean, var):
+            update_running_stats(bn, m, v)
+        return
+    torch._foreach_add_([bn.num_batches_tracked for bn in bns], 1)
+    running = [bn.running_mean for bn in bns] + [bn.running_var for bn in bns]
+    torch._foreach_lerp_(running, [*mean.unbind(), *var.unbind()], momenta.pop())
+
+# %% ../nbs/21_norms.ipynb #19161475
 def grouped_norm(
     x: Tensor,                              # (B, C) or (B, C, H, W), equal parts of the domains, in order
     bns: list[_BatchNorm],                  # of each domain; `samples_per_bn` of the first one, if any, sets the groups
@@ -217,8 +241,7 @@ def grouped_norm(
         y, mean, var = _LoopedNorm.apply(x, weight, bias, groups, eps)
     else:
         y, mean, var = _GroupedNorm.apply(x, weight, bias, groups, half, eps)
-    for bn, m, v in zip(bns, mean[:, half:].to(bns[0].running_mean.dtype), var[:, half:].to(bns[0].running_var.dtype)):
-        update_running_stats(bn, m, v)
+    _update_domains(bns, mean[:, half:], var[:, half:])
     return y
 
 # %% ../nbs/21_norms.ipynb #7ac4354f
