@@ -318,7 +318,7 @@ def update_running_stats(
 ) -> None:
     "Move the running statistics of `bn` towards those of one batch."
     bn.num_batches_tracked += 1
-    rate = bn.momentum if bn.momentum is not None else 1 / float(bn.num_batches_tracked)
+    rate = bn.momentum if bn.momentum is not None else (1 / bn.num_batches_tracked).to(mean.dtype)   # no waiting
     bn.running_mean.lerp_(mean, rate)
     bn.running_var.lerp_(var, rate)
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import domainmix
-from domainmix import capture
+from domainmix import capture, norms
 from domainmix.checkpoint import StageSteps
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -234,7 +234,7 @@ def gpu(free: int = 2**36,                       # bytes of its memory; images t
     with contextlib.ExitStack() as inside:
         for where, changes in ((torch.cuda, pretended(free, capability)), (torch, dict(Generator=Stream, autocast=Autocast)),
                                (threading.Thread, dict(run=watched)), (StageSteps, dict(steps=counted)),
-                               (capture, dict(_on_side_stream=lambda step: step(), _record=recorder(mode)))):
+                               (capture, dict(_on_side_stream=lambda step: step(), _record=recorder(mode))), (norms, dict(COMPILE_NORMS="off"))):
             for name, value in changes.items(): inside.enter_context(patch.object(where, name, value))
         for check in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):     # would ask the driver
             if hasattr(torch.optim.Optimizer, check): inside.enter_context(patch.object(torch.optim.Optimizer, check, lambda _: None))
