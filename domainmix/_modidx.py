@@ -144,6 +144,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                    'domainmix.batches.flip_and_shift': ('batches.html#flip_and_shift', 'domainmix/batches.py'),
                                    'domainmix.batches.identity_pools': ('batches.html#identity_pools', 'domainmix/batches.py'),
                                    'domainmix.batches.int_columns': ('batches.html#int_columns', 'domainmix/batches.py'),
+                                   'domainmix.batches.on_host': ('batches.html#on_host', 'domainmix/batches.py'),
                                    'domainmix.batches.sample_distinct': ('batches.html#sample_distinct', 'domainmix/batches.py'),
                                    'domainmix.batches.sample_images': ('batches.html#sample_images', 'domainmix/batches.py'),
                                    'domainmix.batches.sample_places': ('batches.html#sample_places', 'domainmix/batches.py'),

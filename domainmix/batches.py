@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ERASE_TRIES', 'ALL_BYTES', 'BYTE_TO_FLOAT', 'AugmentConfig', 'augmentation_numbers', 'erase_boxes', 'flip_and_shift',
-           'erase_rectangles', 'augment_loop', 'augment_compiled', 'augment', 'TrainSet', 'check_train_set',
+           'erase_rectangles', 'augment_loop', 'augment_compiled', 'augment', 'on_host', 'TrainSet', 'check_train_set',
            'train_set', 'copy_images', 'ImageStack', 'as_image_stack', 'concat_stacks', 'concat_with_offset', 'union',
            'sample_distinct', 'equal_runs', 'IdentityIndex', 'sample_places', 'sample_images', 'domain_pools',
            'identity_pools', 'int_columns', 'PKSampler']
@@ -166,18 +166,25 @@ def augment(
         return augment_compiled(images, u, config, loop)
     return erase_rectangles(normalise(flip_and_shift(images, u, config)), u, config)
 
+# %% ../nbs/16_batches.ipynb #83c88206
+def on_host(
+    values,  # a tensor on any device, or anything else
+):
+    "A tensor on the CPU, where the tables of labels and of images are; anything else as it is."
+    return values.cpu() if isinstance(values, Tensor) else values
+
 # %% ../nbs/16_batches.ipynb #bd050903
 @dataclass
 class TrainSet:
     "Images to train on."
     images: "Tensor | ImageStack"  # uint8 (N, 3, H, W)
-    label: Tensor   # int64 (N,), class 0, 1, ...; -1: not used in batches
+    label: Tensor   # int64 (N,), on the CPU as the other columns; class 0, 1, ...; -1: not used in batches
     camera: Tensor  # int64 (N,), -1 where unknown
     domain: Tensor  # int64 (N,), 0 synthetic, 1 and up real
 
     def __post_init__(self):
         columns = (self.label, self.camera, self.domain)
-        self.label, self.camera, self.domain = (torch.as_tensor(v).long() for v in columns)
+        self.label, self.camera, self.domain = (torch.as_tensor(v).cpu().long() for v in columns)
         check_train_set(self)
 
     def __len__(self): return len(self.images)
@@ -190,6 +197,7 @@ class TrainSet:
 
     def subset(self, index) -> "TrainSet":
         "The images at `index` (a mask or numbers); labels stay as they are."
+        index = on_host(index)
         return TrainSet(self.images[index], self.label[index], self.camera[index], self.domain[index])
 
 # %% ../nbs/16_batches.ipynb #d5018af2
@@ -252,10 +260,12 @@ class ImageStack:
 
     def select_images(self, index) -> "ImageStack":
         "The images at `index`, not copied."
+        index = on_host(index)
         return ImageStack(self.sources, self.source[index], self.row[index])
 
     def __getitem__(self, index) -> Tensor:
         "The images at `index` (a number, a slice, numbers or a mask), copied."
+        index = on_host(index)
         return copy_images(self.sources, self.source[index], self.row[index])
 
     def to(self, device: torch.device) -> Tensor:
@@ -424,7 +434,7 @@ def int_columns(
     domain,  # int (N,) or None
 ) -> list[np.ndarray | None]:
     "The three columns as int64; refuses columns of another length than the labels'."
-    columns = [None if a is None else np.asarray(a, dtype=np.int64) for a in (label, camera, domain)]
+    columns = [None if a is None else np.asarray(on_host(a), dtype=np.int64) for a in (label, camera, domain)]
     for name, column in zip(("cameras", "domains"), columns[1:]):
         if column is not None and len(column) != len(columns[0]):
             said = f"{len(columns[0])} labels and {len(column)} {name}"

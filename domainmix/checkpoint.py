@@ -155,8 +155,10 @@ def write_history(
 # %% ../nbs/29_checkpoint.ipynb #58a13e22
 def _check_finite(name: str, part: object, epoch: int, path: str | Path) -> None:
     "Refuse a network whose weights are not finite."
-    finite = [p.isfinite().all() for p in part.state_dict().values()] if isinstance(part, nn.Module) else []
-    if finite and not torch.stack(finite).all():    # reads one value from a GPU
+    finite = {}     # device -> for each tensor on it: is it finite?
+    for p in part.state_dict().values() if isinstance(part, nn.Module) else ():
+        finite.setdefault(p.device, []).append(p.isfinite().all())
+    if not all(torch.stack(flags).all() for flags in finite.values()):    # reads one value from each device
         raise DomainMixError(f"epoch {epoch}: the weights of {name} are not finite; {path} is left as it was",
                              "lower the learning rate, or use precision 'fp32'")
 
@@ -292,6 +294,8 @@ class StageState(StageFile):
                 average_bn_stats(part)
         epoch_only = {k: p.state_dict() for k, p in self.epoch_only_parts.items()} if meter else None
         midway = meter and dict(meter=meter.state(), parts=epoch_only)
+        for name, part in self.epoch_only_parts.items() if meter else ():
+            _check_finite(name, part, len(self.history), self.path)
         if self.path:
             save_checkpoint(self.path, self.key, self.parts, self.history, midway)
             self.progress_on_disk = len(self.history), meter.iterations if meter else 0

@@ -367,4 +367,5 @@ def add_metric(
     if settings.feature in net.metric:
         del net.metric[settings.feature]    # the new metric is learned on features without the old one
     features = extract_features(net, real.images, **feature_options(settings))
-    net.metric[settings.feature] = learn_metric(features, real.records.camera, ridge=ridge)
+    metric = learn_metric(features, real.records.camera, ridge=ridge)
+    net.metric[settings.feature] = metric.to(net.neck.weight.device)

@@ -390,8 +390,8 @@ def _copy_bn_state(bn: _BatchNorm, new: _BatchNorm) -> _BatchNorm:
     for name in TIMM_NORM_EXTRAS:
         if hasattr(bn, name):
             setattr(new, name, getattr(bn, name))
+    new.load_state_dict(bn.state_dict(), assign=True)    # the buffers themselves, on the device of `bn`
     new.weight, new.bias, new.momentum, new.eps = bn.weight, bn.bias, bn.momentum, bn.eps
-    new.load_state_dict(bn.state_dict())
     return new.train(bn.training)
 
 # %% ../nbs/21_norms.ipynb #f3ca9fea
