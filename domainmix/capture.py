@@ -97,8 +97,10 @@ def state_tensors(
     "All tensors that a training step may change."
     tensors = []
     for part in parts:
-        is_net = isinstance(part, nn.Module)
-        found = [*part.parameters(), *part.buffers()] if is_net else [t for s in part.state.values() for t in s.values()]
+        if isinstance(part, nn.Module):
+            found = [*part.parameters(), *part.buffers()]
+        else:
+            found = [t for state in part.state.values() for t in state.values()]
         tensors += [t for t in found if isinstance(t, Tensor)]
     return tensors
 

@@ -253,7 +253,7 @@ def _field_values(config: Any) -> dict:
 def later_setting(
     default: Any,
 ) -> Any:  # a field of a dataclass
-    "A setting that was added after runs were saved; at its default, which must do what those runs did, it is not saved."
+    "A setting that was added later. At its default, which must do what earlier runs did, it is not saved."
     return dataclasses.field(default=default, metadata={"later": True})
 
 # %% ../nbs/00_core.ipynb #a6730125
