@@ -259,13 +259,11 @@ class ImageStack:
 
     def select_images(self, index) -> "ImageStack":
         "The images at `index`, not copied."
-        index = on_host(index)
-        return ImageStack(self.sources, self.source[index], self.row[index])
+        return ImageStack(self.sources, self.source[on_host(index)], self.row[on_host(index)])
 
     def __getitem__(self, index) -> Tensor:
         "The images at `index` (a number, a slice, numbers or a mask), copied."
-        index = on_host(index)
-        return copy_images(self.sources, self.source[index], self.row[index])
+        return copy_images(self.sources, self.source[on_host(index)], self.row[on_host(index)])
 
     def to(self, device: torch.device) -> Tensor:
         "All images on `device`, sent a few thousand at a time."
