@@ -10,13 +10,12 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-import torch
 import torchvision
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from domainmix import training
 from domainmix.baselines.labellers import LABELLERS
-from domainmix.checkpoint import StageRun, load_checkpoint
+from domainmix.checkpoint import StageRun
 from domainmix.cli import main as domainmix
 from domainmix.core import from_dict
 from domainmix.datasets import write_world
@@ -133,7 +132,7 @@ def test_commands_on_a_finished_run(data, capsys):
         on_gpu = do("evaluate", "--model", "done", "--target", "world", "--rerank", "--centre-cameras", "--device", "cuda", "--out", data/"gpu.json")
         do("embed", "--model", "done", "--images", sets, "--device", "cuda", "--out", data/"gpu.npy")
         do("tune", "--model", "done", "--images", sets, "--device", "cuda", "--out", data/"tuned.safetensors")
-        do("evaluate", "--model", data/"tuned.safetensors", "--target", "world", "--device", "cuda")
+        do("evaluate", "--model", data/"tuned.safetensors", "--target", f"market1501:{data/PAPER_DATASETS['market'][2]}", "--device", "cuda")
         table = do("table", *argv, "--run", "compared", "--methods", "only-a", "--seeds", "1")
         label = do("label", *argv, "--run", "labels", "--method", "domainmix-db", "--out", data/"labels.csv")
     assert "rank1" in on_gpu and "Only A" in table and "refined" in label and (data/"labels.csv").read_text().count("\n") > 50
