@@ -137,6 +137,7 @@ def test_a_check_that_fails_leaves_the_others(bench, monkeypatch):
     assert not found["agrees"] and b.row["memory_bank"]["memory bank"]["agrees"] and "no such kernel" in b.row["broken"]["error"]
 
 
+@pytest.mark.slow
 def test_the_sections_run_on_the_pretended_gpu(bench, monkeypatch):
     "No tensor is on the wrong device; kernels and memory are not pretended."
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)

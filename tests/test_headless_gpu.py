@@ -94,7 +94,7 @@ def test_each_backbone_is_tried():
     assert tried == set(BACKBONE_SETTINGS)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name if "ibn" not in name else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS])
 def test_a_preset_runs_to_its_end(name, data):
     settings = {**BRIEF, **preset_settings(name, data), "all_stages": False}
     settings["net"] = {**BRIEF["net"], **PRESETS[name]}
@@ -106,7 +106,8 @@ def test_a_preset_runs_to_its_end(name, data):
 OTHERS = ("osnet_x0_25", "osnet", "osnet_ibn_x0_25")     # of no paper's preset; they differ from osnet_ibn in norms and widths only
 
 
-@pytest.mark.parametrize("backbone", OTHERS if SLOW else OTHERS[:1])
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", OTHERS)
 def test_another_backbone_runs_to_its_end(backbone, data):
     with gpu(): assert finish(write_settings(data, backbone, **{**BRIEF, "backbone": backbone, "target": "world", "method": "only-a", "all_stages": False}), 5) == 1
     check_finished(data/"runs"/backbone, ("stage0", "stage2"))

@@ -71,8 +71,8 @@ CASES = [(kind, layout, domains, groups) for kind, layout in (("vectors", FIRST)
          for domains in (1, 2, 3) for groups in (1, 2, 4, 8, 16) if B // domains % groups == 0 and B // domains // groups > 1]
 
 
-@pytest.mark.parametrize("way", ["cpu", "operation", "compiled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["cpu", "operation", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_it_is_torchs_norm_group_by_group(way, dtype):
     "On the CPU's path, on the path of a GPU, and on that path as a compiler sees it."
     cases = CASES[::7] if way == "compiled" else CASES
@@ -174,7 +174,7 @@ def launched(net, images):
     return count.n
 
 
-@pytest.mark.parametrize("ibn", [False, True])
+@pytest.mark.parametrize("ibn", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_stage_1_launches_a_quarter_for_its_norms(ibn):
     "ResNet-50(-IBN), 8 ghost groups in each of 2 domains; the step without norms is taken off."
     def build():

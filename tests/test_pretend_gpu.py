@@ -98,7 +98,7 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("error:training goes on without a CUDA graph")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case if case[:3] in ("spc", "pla") else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_stages_run_on_it_and_their_steps_wait_only_to_look_at_losses(case, tmp_path):
     longer = {s: {"epochs": 1 + (s == "stage3"), "iterations": 21} for s in TRAINING_SECTIONS}
     config = configure(TINY_SETTINGS, longer, CASES[case], dict(real="world", target="world", run="tiny", data=str(tmp_path), device="cuda"))

@@ -118,7 +118,7 @@ def run(path, small=False, timeout=None):
                 client.execute_cell(cell, number)
                 cell.outputs = saved_outputs(cell.outputs)
                 if "parameters" in cell.metadata.get("tags", []) and not small:
-                    client.execute_cell(nbformat.v4.new_code_cell(f'run = "{EXAMPLE}"'), number)
+                    client.execute_cell(nbformat.v4.new_code_cell(f'run, again = "{EXAMPLE}", True'), number)
                     nb.cells[number] = cell
     path.write_text(cleaned(nbformat.writes(nb)), encoding="utf-8")
     save_thumbnail(path, nb)
