@@ -82,7 +82,7 @@ def _on_side_stream(step: Callable[[], dict]) -> dict:
 def _record(step: Callable[[], dict]) -> Callable[[], dict]:
     "Record a step, without doing it; the result does it."
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):    # other threads load the next batch
         terms = step()
 
     def replay():

@@ -155,10 +155,10 @@ def test_without_a_gpu_nothing_is_lost_and_the_run_goes_on_elsewhere(data, capsy
     for wish in ("cuda", "cuda:0", "cuda:3"):
         assert main([*argv, f"device={wish}"]) == EXIT_USER_ERROR
         said = capsys.readouterr().err
-        assert f"device '{wish}' is requested, but torch finds 0 CUDA devices" in said and "cpu" in said and "Traceback" not in said
+        assert f"device '{wish}' is requested, but torch finds 0 cuda devices" in said.lower() and "cpu" in said and "Traceback" not in said
     with gpu():
         assert main([*argv, "device=cuda:3"]) == EXIT_USER_ERROR
-        assert "torch finds 1 CUDA devices" in capsys.readouterr().err
+        assert "torch finds 1 cuda devices" in capsys.readouterr().err.lower()
     assert {f: f.read_bytes() for f in sorted(home.rglob("*")) if f.is_file()} == before
     assert domainmix(["evaluate", "--model", str(home/"stage0"), "--target", "world", "--device", "cuda"]) == EXIT_USER_ERROR
     assert main([*argv, "device=cpu"]) == EXIT_OK
@@ -176,7 +176,7 @@ def spoil(after):
 
 
 def test_nan_in_a_step_is_found_within_twenty_and_the_last_good_state_is_kept(data, capsys):
-    longer = {"pretrain.iterations": 21, "method": "only-a", "all_stages": False}
+    longer = {"pretrain.iterations": 21, "pretrain.capture": "off", "method": "only-a", "all_stages": False}
     argv, home = write_settings(data, "spoilt", **{**TINY, **longer}), data/"runs/spoilt"
     def again(after, every=math.inf):
         loss, steps = spoil(after)
