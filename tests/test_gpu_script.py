@@ -41,6 +41,7 @@ def bench(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_all_of_it_in_miniature(tmp_path):
     out = tmp_path / "small.json"
     code, said, error = call("--device", "cpu", "--small", "--out", out)
@@ -82,6 +83,7 @@ if __name__ == "__main__": sys.exit(gpu.main())
 """
 
 
+@pytest.mark.slow
 def test_no_section_takes_another_with_it(tmp_path):
     script, out = tmp_path / "faulty.py", tmp_path / "some.json"
     script.write_text(FAULTY.format(folder=str(SCRIPT.parent)))

@@ -94,7 +94,7 @@ def test_each_backbone_is_tried():
     assert tried == set(BACKBONE_SETTINGS)
 
 
-@pytest.mark.parametrize("name", [name if "ibn" not in name else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS])
+@pytest.mark.parametrize("name", [name if name == "world" else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS])
 def test_a_preset_runs_to_its_end(name, data):
     settings = {**BRIEF, **preset_settings(name, data), "all_stages": False}
     settings["net"] = {**BRIEF["net"], **PRESETS[name]}
@@ -113,6 +113,7 @@ def test_another_backbone_runs_to_its_end(backbone, data):
     check_finished(data/"runs"/backbone, ("stage0", "stage2"))
 
 
+@pytest.mark.slow
 def test_every_method_runs_to_its_end_in_a_table(data, capsys):
     argv = write_settings(data, "methods", **TINY, methods=list(METHODS), seeds=[0], all_stages=False)
     with gpu(): assert finish(argv, 17) == 3

@@ -255,6 +255,7 @@ print(sum("numba" in str(w.message) for w in said))
 """
 
 
+@pytest.mark.slow
 def test_clusters_and_scores_are_the_same_without_numba(tmp_path):
     found = []
     for name, *more in (("with",), ("without", "blocked")):

@@ -102,6 +102,7 @@ real_compile = torch.compile
 def eager_compile(f, **options): return real_compile(f, backend="aot_eager", **options)
 
 
+@pytest.mark.slow
 def test_the_gradient_in_float64():
     for n, groups, half, layout in itertools.product((1, 2), (1, 3), (0, 2, 4), (FIRST, LAST)):
         g = torch.Generator().manual_seed(n)

@@ -79,7 +79,12 @@ def run(path, root=ROOT):
     return f"{path.name} failed (exit status {code}) in the cell\n\n{source}\n\n{said[-8000:]}"
 
 
-@pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.relative_to(ROOT / "nbs").with_suffix("").as_posix())
+# From a folder of images to a model: the walkthrough does the same stages.
+LONGER = {"96_your_footage"}
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, marks=pytest.mark.slow) if p.stem in LONGER else p for p in notebooks()],
+                         ids=lambda p: p.relative_to(ROOT / "nbs").with_suffix("").as_posix())
 def test_notebook(path):
     problem = run(path)
     if problem:
@@ -207,6 +212,7 @@ def test_papermill_runs_a_companion(runs, tmp_path):
     assert "run done, seed 0" in page(done)[0]
 
 
+@pytest.mark.slow
 def test_a_page_of_the_companions(runs):
     "All of them, executed on a finished run, on one page that asks for nothing."
     from domainmix.views.report import notebook_report

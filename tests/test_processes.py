@@ -134,6 +134,7 @@ def test_two_processes_end_when_torchrun_is_killed(start, alone):
     the_same_but_sooner(home, alone, said)
 
 
+@pytest.mark.slow
 @in_proc
 def test_one_of_two_processes_dies_and_one_goes_on(start, alone):
     job, home = start("struck", 2)
