@@ -144,7 +144,8 @@ def check_recording(
     difference = relative_difference(*([values[i] for i in moved] for values in (before, after, tensors)))
     if not agree or not difference <= LARGEST_DIFFERENCE:
         restore_tensors(tensors, before)
-        raise DomainMixError(f"the recorded step differs from the step by {difference:.2g}", "set capture to off")
+        raise DomainMixError(f"the recorded step differs from the same step without a recording ({difference:.2g})",
+                             "set capture to off")
     return terms
 
 # %% ../nbs/19_capture.ipynb #0ea58de8

@@ -315,30 +315,6 @@ def _interrupt_message(stage: str, epochs: int, steps: int, all_epochs: int, pat
 # %% ../nbs/29_checkpoint.ipynb #7d618c4b
 class StageEpochs(StageState):
     "The epochs that remain, each with a meter for the losses."
-    log: Callable[..., object] | None = None    # called with the numbers of each epoch
-
-    def __iter__(self) -> Iterator[int]:
-        "The epochs that remain, counted from 0; each must end with `end_epoch`."
-        while len(self.history) < self.epochs:
-            where = f"{self.stage}, epoch {len(self.history) + 1}"
-            self.meter = Meter(where, self.every, self.midway.get("meter"))
-            yield len(self.history)
-
-    def end_epoch(self, **more) -> dict:
-        "End the epoch: save, then report, then stop if SIGTERM has arrived in the meantime."
-        with delay_sigterm() as asked:
-            line = to_jsonable(dict(stage=self.stage, epoch=len(self.history) + 1, **self.meter.means(), **more))
-            self.history.append(line)
-            self.save()
-            if self.log:
-                self.log(**line)
-            if any_process(asked()):
-                raise Terminated
-        return line
-
-# %% ../nbs/29_checkpoint.ipynb #492d3ad2
-class StageSteps(StageEpochs):
-    "The epochs and the steps of each epoch that remain."
     def __init__(
         self,
         stage: str,                   # its name, for messages
@@ -351,18 +327,41 @@ class StageSteps(StageEpochs):
         super().__init__(folder, key, parts)
         self.stage, self.epochs, self.every = stage, epochs, every
 
+    def __iter__(self) -> Iterator[int]:
+        "The epochs that remain, counted from 0; each must end with `StageSteps.end_epoch`."
+        while len(self.history) < self.epochs:
+            where = f"{self.stage}, epoch {len(self.history) + 1}"
+            self.meter = Meter(where, self.every, self.midway.get("meter"))
+            yield len(self.history)
+
+# %% ../nbs/29_checkpoint.ipynb #492d3ad2
+class StageSteps(StageEpochs):
+    "The epochs and the steps of each epoch that remain."
+    log: Callable[..., object] | None = None    # called with the numbers of each epoch
+
     def steps(self, all_steps: Sequence[T]) -> Iterator[T]:
-        "The steps of an epoch that remain."
+        "The steps of an epoch that remain; several processes can stop only where they have just read their losses."
         rest, self.midway = all_steps[self.done:], {}
         self.meter.clock()
         with delay_sigterm() as asked:
             for i, step in enumerate(rest, 1):
                 yield step
-                # several processes communicate only when they have just read their losses, and after the last step
                 may_ask = rank_and_size()[1] == 1 or not self.meter.pending or i == len(rest)
                 if may_ask and any_process(asked()):
                     self.save(self.meter)
                     raise Terminated
+
+    def end_epoch(self, **more) -> dict:
+        "End the epoch: save, then report, then stop if SIGTERM has arrived in the meantime."
+        with delay_sigterm() as asked:
+            line = to_jsonable(dict(stage=self.stage, epoch=len(self.history) + 1, **self.meter.means(), **more))
+            self.history.append(line)
+            self.save()
+            if self.log:
+                self.log(**line)
+            if any_process(asked()):
+                raise Terminated
+        return line
 
 # %% ../nbs/29_checkpoint.ipynb #0b6b1cda
 def progress_bar(

@@ -89,12 +89,9 @@ def update_ema(
     decay: float,            # beta of `make_ema`
 ) -> None:
     "Move an average towards the weights of `net`, and copy its statistics."
-    if average.n_averaged == 0:
-        average.n_averaged += 1
-        torch._foreach_copy_([*average.module.parameters()], [*net.parameters()])
-    else:
-        average.n_averaged += 1
-        torch._foreach_lerp_([*average.module.parameters()], [*net.parameters()], 1 - decay)
+    share = 1 - decay if average.n_averaged > 0 else 1.      # the first weights are copied
+    torch._foreach_lerp_([*average.module.parameters()], [*net.parameters()], share)
+    average.n_averaged += 1
     pairs = [*zip(average.module.buffers(), net.buffers())]
     for dtype in {b.dtype for _, b in pairs}:      # one launch for each kind of number
         torch._foreach_copy_(*map(list, zip(*(pair for pair in pairs if pair[1].dtype == dtype))))

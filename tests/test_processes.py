@@ -96,7 +96,7 @@ def the_same_but_sooner(home, alone, said):
 
 
 in_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
-longer = pytest.mark.skipif(not os.environ.get("DOMAINMIX_SLOW"), reason="a longer test: DOMAINMIX_SLOW=1")
+longer = pytest.mark.slow
 
 
 @longer
