@@ -24,7 +24,7 @@ from domainmix.runs.pipeline import run
 from domainmix.jaccard import RerankConfig
 from domainmix.runs.settings import TINY_SETTINGS, TRAINING_SECTIONS, configure
 from domainmix.spcl import update_memory
-from pretend import gpu, recorder
+from pretend import Recordable, gpu, recorder
 
 
 def test_it_refuses_what_a_gpu_refuses():
@@ -87,6 +87,19 @@ def test_what_cannot_be_recorded_is_refused():
         for call in recorded: recorder(pretend)(call)()
         weight.grad = None
         with pytest.raises(RuntimeError, match="record"): recorder(pretend)(lambda: (x @ weight).square()[i > 0].sum().backward())()      # in a backward pass too
+
+
+def test_what_depends_on_values_is_refused_in_a_backward_pass_too():
+    class Sparse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient): return gradient[gradient.nonzero()[:, 0]] * 2
+    x, mask = torch.ones(3, requires_grad=True), torch.tensor([True, False])
+    for call in (lambda: Sparse.apply(x).sum().backward(), lambda: x.sum().item(), lambda: torch.ones(2)[mask], lambda: torch.equal(mask, mask)):
+        with Recordable(), pytest.raises(RuntimeError, match="depends on values"): call()
+    with Recordable(): (x * 2).sum().backward()
 
 
 CASES = {
