@@ -239,7 +239,7 @@ def load_backbone(
     if domains > MAX_DOMAINS:
         said = f"the state dict has the BN of {domains:,} domains"
         raise DomainMixError(said, f"give one with at most {MAX_DOMAINS}")
-    if config.name == "small":   # its width comes from a file's header: compare sizes before memory is allocated
+    if config.name == "small" and config.width > BackboneConfig.width:   # compare sizes before memory is allocated
         with torch.device("meta"):
             _check_fits(_add_metrics(_build_empty(config, domains), state), state, "the state dict")
     net = _add_metrics(_build_empty(config, domains), state)

@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn, Tensor
 
 from .core import DomainMixError, generator
@@ -87,7 +86,8 @@ def resnet50_body(
     last_stride: int = 1,   # of the last stage; 2 as in ImageNet classification
 ) -> nn.Sequential:         # (B, 3, H, W) -> (B, 2048, H/16, W/16)
     "ResNet-50 without its classifier."
-    net = torchvision.models.resnet50(weights=None)
+    from torchvision.models import resnet50    # imported here: it takes two seconds, and few commands need it
+    net = resnet50(weights=None)
     for stage in (net.layer1, net.layer2, net.layer3) if ibn else ():
         for block in stage:
             block.bn1 = IBN(block.bn1.num_features)

@@ -4,6 +4,9 @@ import os
 import pytest
 
 
+os.fsync = lambda fd: None    # the files of a test need not survive a power failure
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a longer test, which runs where DOMAINMIX_SLOW is set")
 

@@ -16,6 +16,7 @@ SERVER = r"""
 import importlib, json, os, signal, sys, traceback
 sys.path.pop(0)                                       # the folder in which this began
 exec(sys.argv[1])
+os.fsync = lambda fd: None                            # the files of a test need not survive a power failure
 
 def lay_down_powers():
     "Root may write anywhere by its capabilities; without them it is a user like others."
@@ -36,6 +37,7 @@ for line in sys.stdin:
             for name, fd in (("out", 1), ("err", 2)): os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), fd)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             if job["powerless"]: lay_down_powers()
+            if job["largest"]: import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest"],) * 2)
             code = getattr(importlib.import_module(job["module"]), job["function"])(*job["args"], **job["kwargs"]) or 0
         except SystemExit as e: code = e.code if isinstance(e.code, int) else e.code is not None
         except BaseException: traceback.print_exc()
@@ -50,12 +52,12 @@ class Forks:
     def __init__(self, first, **env):
         self.process = subprocess.Popen([sys.executable, "-c", SERVER, first], env={**os.environ, **env}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __call__(self, call, *args, cwd, out, err=None, env=(), limit=None, strike=None, how=signal.SIGKILL, powerless=False, **kwargs):
+    def __call__(self, call, *args, cwd, out, err=None, env=(), limit=None, strike=None, how=signal.SIGKILL, powerless=False, largest=None, **kwargs):
         """Call `module:function` in a fork; its exit code, as `subprocess` gives it, or None where it was ended after `limit` seconds.
-        `out` and `err` are files for what it says. `strike`, if given, is asked every few milliseconds whether the process is to get the signal `how`. `powerless`: by root as if by somebody else."""
+        `out` and `err` are files for what it says. `strike`, if given, is asked every few milliseconds whether the process is to get the signal `how`. `powerless`: by root as if by somebody else. `largest`: no file may have more bytes, as on a disk that is full."""
         module, function = call.split(":")
         job = {"module": module, "function": function, "args": args, "kwargs": kwargs, "cwd": str(cwd), "env": dict(env), "out": str(out), "err": str(err or out),
-               "powerless": powerless and os.geteuid() == 0}
+               "powerless": powerless and os.geteuid() == 0, "largest": largest}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         pid = int(self.process.stdout.readline())

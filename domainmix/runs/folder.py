@@ -7,6 +7,7 @@ __all__ = ['LABEL_STAGES', 'LABEL_NEUTRAL', 'Stage', 'run_stage', 'config_record
            'has_later_stages', 'lost_results', 'other_run_error', 'prepare_run_folder']
 
 # %% ../../nbs/runs/02_folder.ipynb #6d491211
+import functools
 import shutil
 import time
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from .settings import RESULT_NEUTRAL, RunConfig
 from .inputs import Inputs
 
 # %% ../../nbs/runs/02_folder.ipynb #890bdcc4
-@dataclass
+@dataclass(frozen=True)
 class Stage:
     "A step of a run: the folder of its files, everything that they depend on, and the function that makes them."
     name: str                     # its name for people
@@ -33,7 +34,7 @@ class Stage:
     make: Callable[[Path], None]  # writes the files into the folder; goes on from files of an interrupted call
     depends_on: tuple = ()        # the stages whose files it reads
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         "The hash of everything that the stage depends on."
         return fingerprint(to_dict(self.settings), [s.key for s in self.depends_on])
