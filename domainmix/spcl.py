@@ -415,9 +415,9 @@ def _adapt_state(net: ReIDNet, union_batches: UnionBatches) -> tuple[ReIDNet, Me
     return net, memory.to(device), adam(net, c.lr, c.weight_decay, c.fused)
 
 # %% ../nbs/34_spcl.ipynb #fc0ea14f
-def _adapt_result(net: ReIDNet, memory: MemoryBank, union_batches: UnionBatches, real_images: Tensor):
+def _adapt_result(net: ReIDNet, memory: MemoryBank, union_batches: UnionBatches):
     "The network with the batch norms of the real domain, the last clusters, and the features (N, D)."
-    features = union_batches.embed(net, real_images, 1, union_batches.config.label_feature)
+    features = union_batches.embed(net, union_batches.images[-1], 1, union_batches.config.label_feature)
     clusters = update_labels(memory, features, union_batches.camera, union_batches.config)
     return from_domain_bn(net, 1).eval(), clusters, features.cpu().numpy()
 
@@ -446,4 +446,4 @@ def adapt(
         for epoch in run:
             _adapt_epoch(net, memory, union_batches, optimiser, lr[epoch], run, epoch, seed, stage)
             run.end_epoch(lr=lr[epoch, -1], **epoch_label_log(memory, truth))
-    return _adapt_result(net, memory, union_batches, real_images)
+    return _adapt_result(net, memory, union_batches)
