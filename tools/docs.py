@@ -208,7 +208,8 @@ class Source:
         guides = [p for p in self.documents if p.is_relative_to(self.root / "docs")]
         notes = [p for p in self.documents if p not in start + guides]
         index = [p for p in self.notebooks if p == self.root / "nbs" / "index.ipynb"]
-        bar = [{"Start": str(self.pages[p])} for p in start] + self.entries(index + guides)
+        bar = [{"Start": str(self.pages[p])} for p in start]
+        bar += [{"Map of the notebooks": str(self.pages[p])} for p in index] + self.entries(guides)
         for heading, books in sections(self.notebooks, self.root):
             bar.append({heading: self.entries(books)})
         modules = [{m.partition(".")[2]: str(api_pages.page_name(m))} for m in self.modules]
