@@ -110,7 +110,7 @@ def restore_tensors(
     tensors: list[Tensor],  # changed in place: a recording knows their addresses
     values: list[Tensor],
 ) -> None:
-    "Give tensors the values of before."
+    "Copy earlier values back into tensors."
     for tensor, value in zip(tensors, values):
         tensor.copy_(value)
 

@@ -172,7 +172,7 @@ def _cpu_supports(*features: str) -> bool:
 def bf16_is_fast(
     device: torch.device,  # the device of the products
 ) -> bool:
-    "Does `device` multiply bfloat16 matrices in hardware? Not asked of mps, which always runs in fp32."
+    "Does `device` multiply bfloat16 matrices in hardware? Not called for mps, which always runs in fp32."
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "xpu":
