@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn, Tensor
 
-from .core import DomainMixError, generator
+from .core import DomainMixError, generator, later_setting
 from .osnet import osnet_body
 from .norms import IBN
 
@@ -155,6 +155,7 @@ class BackboneConfig:
     weights: str = "none"    # initial weights: none, imagenet, or a file (.safetensors or .pth)
     view: Literal["whole", "person", "both"] = "whole"  # input: whole image, person cut out, or both (two bodies)
     parts: bool = False      # give the network maps of the body parts, and average over these in place of stripes
+    first_relu: bool = later_setting(True)   # resnet50: a ReLU after the first norm; SpCL and MMT trained without it
 
 # %% ../nbs/22_bodies.ipynb #330b751c
 def _init_weights(net: nn.Module, seed: int, *whose) -> None:
@@ -191,6 +192,8 @@ def _check_body_config(config: BackboneConfig) -> None:
     if config.last_stride != 1 and name.startswith(("osnet", "timm:")):
         said = f"last_stride is {config.last_stride}, but the strides of {name} are fixed"
         raise DomainMixError(said, "leave last_stride at 1")
+    if not config.first_relu and not name.startswith("resnet50"):
+        raise DomainMixError(f"first_relu is off, but {name} is no resnet50", "leave first_relu on")
 
 # %% ../nbs/22_bodies.ipynb #d9787cff
 def _build_body(config: BackboneConfig, seed: int, *whose) -> tuple[nn.Module, int]:
@@ -200,6 +203,8 @@ def _build_body(config: BackboneConfig, seed: int, *whose) -> tuple[nn.Module, i
         return timm_body(config.name.removeprefix("timm:"), generator(seed, *whose).initial_seed() if whose else seed)
     with torch.random.fork_rng(devices=[]):   # layers draw weights when they are made; these are drawn again below
         body, channels = BODIES[config.name](config)
+    if not config.first_relu:
+        body.relu = nn.Identity()
     _init_weights(body, seed, *whose)
     return body, channels
 

@@ -21,7 +21,8 @@ from typing import Any
 from . import __version__
 from .backbone import ReIDNet, n_parameters
 from .core import DomainMixError, to_dict
-from .files import load_dict, load_json, weights_metadata
+from .files import load_dict, load_json
+from .weights import weights_header
 from .images import MEAN, STD
 from .inference import containing_run, find_net, model_name
 from .layouts import LAYOUTS
@@ -256,7 +257,7 @@ def card_network(
     net: ReIDNet,
 ) -> dict:
     "The architecture, the number of parameters and a checksum of the weights."
-    return {"backbone": without_paths(weights_metadata(path).get("backbone")), "parameters": n_parameters(net),
+    return {"backbone": without_paths(weights_header(path).get("backbone")), "parameters": n_parameters(net),
             "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 # %% ../nbs/61_card.ipynb #ec3839e9

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['DEVICE_KINDS', 'DomainMixError', 'expect_error', 'generator', 'count_devices', 'available_devices', 'cuda_problem',
            'pick_device', 'widest_float', 'free_memory', 'bf16_is_fast', 'int8_is_fast', 'autocast', 'compile_loop',
-           'later_setting', 'to_jsonable', 'coerce_type', 'to_dict', 'from_dict', 'with_overrides', 'fingerprint',
-           'rank_and_size']
+           'later_setting', 'to_jsonable', 'coerce_type', 'to_dict', 'from_dict', 'with_overrides', 'setting_names',
+           'CommandLine', 'command_line', 'flag', 'fingerprint', 'rank_and_size']
 
 # %% ../nbs/00_core.ipynb #45ea48cf
 import contextlib
+import contextvars
 import dataclasses
 import difflib
 import functools
@@ -409,6 +410,55 @@ def with_overrides(
             new = coerce_type(hints[head], value, prefix + head)
         config = dataclasses.replace(config, **{head: new})
     return config
+
+# %% ../nbs/00_core.ipynb #ebcbddb6
+def setting_names(
+    cls: type,         # a dataclass
+    prefix: str = "",  # of the names
+) -> list[str]:
+    "The dotted names of all settings of a dataclass and of the dataclasses in it."
+    names = []
+    for name, hint in _field_types(cls).items():
+        nested = dataclasses.is_dataclass(hint)
+        names += setting_names(hint, f"{prefix}{name}.") if nested else [prefix + name]
+    return names
+
+# %% ../nbs/00_core.ipynb #27ec5c76
+class CommandLine(typing.NamedTuple):
+    "What a user has given to a command."
+    flags: frozenset[str]                 # the settings that the command has as flags, by their dotted names
+    typed: frozenset[str] = frozenset()   # those that were typed
+    file: str = ""                        # the file of settings
+    in_file: frozenset[str] = frozenset() # the settings in that file
+
+# %% ../nbs/00_core.ipynb #7d547451
+_command_line = contextvars.ContextVar("command_line", default=None)   # of the command that runs; None: a library call
+
+# %% ../nbs/00_core.ipynb #ee469937
+@contextlib.contextmanager
+def command_line(
+    given: CommandLine,
+):
+    "A context in which messages name settings as this command takes them."
+    token = _command_line.set(given)
+    try:
+        yield
+    finally:
+        _command_line.reset(token)
+
+# %% ../nbs/00_core.ipynb #33962d62
+def flag(
+    *names: str,  # dotted names of settings: the first that the command has is said
+) -> str:
+    "A setting as the user gives it: a flag of the command that runs, a key of its file, or a name of the library."
+    given = _command_line.get()
+    if given is None:
+        return names[0]
+    for name in names:
+        if name in given.in_file - given.typed:
+            return f"{name} in {given.file}"
+    known = next((name for name in names if name in given.flags), None)
+    return "--" + known.replace("_", "-") if known else names[0]
 
 # %% ../nbs/00_core.ipynb #97993b16
 def _hash_tag(h, kind: str, *size) -> None:
