@@ -336,7 +336,7 @@ class WeightsParts(NamedTuple):
     left: list[str]           # the names of all others
     match: BodyMatch
 
-# %% ../nbs/23_weights.ipynb #7e520f8b
+# %% ../nbs/23_weights.ipynb #fba90a8c
 def split_weights(
     tensors: dict[str, Tensor],   # of a file
     ours: dict[str, Tensor],      # the state dict of the body
@@ -344,7 +344,9 @@ def split_weights(
 ) -> WeightsParts:
     "What of a file is the body, and what the BN neck."
     match, layers = match_body(tensors, ours), {k.split(".")[0] for k in ours}
-    kept = {k: n for k, n in match.names.items() if k in ours or not _is_behind_body(match, k, tensors[n], layers)}
+    fits = any(k in ours for k in match.names)   # else all names are shown in the error
+    kept = {k: n for k, n in match.names.items()
+            if k in ours or not (fits and _is_behind_body(match, k, tensors[n], layers))}
     used = set(kept.values())
     left = {k: v for k, v in tensors.items() if k not in used}
     neck_name, neck = _find_neck(left, dim)
