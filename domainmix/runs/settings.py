@@ -20,7 +20,7 @@ from typing import Any, Callable, Iterable, Literal, NamedTuple
 
 import torch
 
-from ..core import DomainMixError, flag, pick_device, with_overrides
+from ..core import DomainMixError, flag, later_setting, pick_device, with_overrides
 from ..files import load_json, own_file
 from ..world import WorldConfig
 from ..bodies import BackboneConfig, _build_body, _check_body_config
@@ -54,6 +54,8 @@ class InputConfig:
     channels_last: Literal["auto", "on", "off"] = "auto"  # channels of a pixel side by side in memory; auto: on
     fused: Literal["auto", "on", "off"] = "auto"  # Adam in one pass over memory; auto: on where torch supports it
     data: str = "data"            # folder of runs/, of the world and of the decoded images
+    # keep what more epochs of a finished stage could continue from: with schedule step, about 3 times the weights
+    keep_state: bool = later_setting(True)
 
 # %% ../../nbs/runs/00_settings.ipynb #99b8a8f7
 @dataclass
@@ -77,7 +79,7 @@ class RunConfig(InputConfig):
     world: WorldConfig = field(default_factory=WorldConfig)      # the embedded world, for a data set called world
 
 # %% ../../nbs/runs/00_settings.ipynb #293c3477
-RESULT_NEUTRAL = ("run", "data", "device", "version", "update", "fresh")  # settings that change no result
+RESULT_NEUTRAL = ("run", "data", "device", "version", "update", "fresh", "keep_state")  # settings that change no result
 
 # %% ../../nbs/runs/00_settings.ipynb #def0ed2d
 def run_folder(config: RunConfig) -> Path:

@@ -27,12 +27,12 @@ from ..schedule import DomainConfig
 from ..baselines.labellers import LABELLERS
 from domainmix.runs.settings import (
     BACKBONE_SETTINGS, DEFAULT_METHODS, METHODS, RunConfig, check_choice, check_run_name, configure, dataset_specs,
-    inherit_settings, run_folder, validate_config,
+    inherit_settings, raise_faults, run_folder, validate_config,
 )
 from .inputs import Inputs, read_inputs
 from .folder import Stage, config_record, prepare_run_folder
 from .stages import rewrite_net_headers
-from .pipeline import COLUMNS, SCORES, plan_run, run_metrics, stage_progress
+from .pipeline import COLUMNS, SCORES, plan_run, run_metrics, size_faults, stage_progress
 
 # %% ../../nbs/runs/05_tables.ipynb #5f974aeb
 def mean_and_std(values: Iterable[float]) -> tuple[float, float | None] | None:
@@ -139,6 +139,11 @@ def _do_row(
         if not keep_going: raise
         return {"method": config.method, "seed": config.seed, **dict.fromkeys(SCORES), "error": str(e)}
 
+# %% ../../nbs/runs/05_tables.ipynb #96874ec3
+def _check_sizes(configs: list[RunConfig], inputs: Inputs) -> None:
+    "Refuse sets that are too small for a row of the table."
+    raise_faults(list(dict.fromkeys(fault for config in configs for fault in size_faults(config, inputs))))
+
 # %% ../../nbs/runs/05_tables.ipynb #a678be8c
 def run_methods(
     base: RunConfig,                          # its method and seed are replaced
@@ -153,6 +158,7 @@ def run_methods(
     init_distributed(base.device)
     configs, home, rows = _row_configs(base, methods, seeds), run_folder(base), []
     inputs = read_inputs(configs[-1])
+    if not keep_going: _check_sizes(configs, inputs)
     record = config_record(inherit_settings(base), inputs, methods=list(methods), seeds=list(seeds))
     with locked(home):
         plans = [(c, *plan_run(c, inputs, home/f"seed{c.seed}", shared=True)) for c in configs]
