@@ -46,7 +46,8 @@ class PartMaps(NamedTuple):
 
     def averages(self) -> Tensor:
         "The average over each part: (B, P, C)."
-        return torch.einsum("bchw,bphw->bpc", self.map.float(), self.location_weights())
+        # a product of matrices, and not einsum: exported, einsum cannot take an empty batch
+        return self.location_weights().flatten(2) @ self.map.float().flatten(2).mT
 
 # %% ../nbs/24_backbone.ipynb #878b6057
 def _body_inputs(parser: Parser, x: Tensor, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:

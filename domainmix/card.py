@@ -231,12 +231,16 @@ LIMITS = [
 def card_input(
     height: int,  # rows
     width: int,  # columns
+    kind: str = "uint8",  # what the exported files take: uint8, float32 (normalised) or unit (0 to 1)
 ) -> dict:
     "How an image becomes input."
     mean, std = ([round(v, 6) for v in t.flatten().tolist()] for t in (MEAN, STD))
     resize = f"the upright crop to {height} rows x {width} columns, bicubic (Pillow), without regard to its aspect"
-    normalisation = {"where": "inside the graph: give bytes, 0 to 255", "mean": mean, "std": std}
-    return {"name": "images", "type": "uint8", "shape": ["batch", 3, height, width], "colour_order": "RGB",
+    where = {"uint8": "inside the graph: give bytes, 0 to 255",
+             "float32": "by you: divide the bytes by 255, subtract the mean, divide by std",
+             "unit": "inside the graph: give the bytes divided by 255"}[kind]
+    normalisation = {"where": where, "mean": mean, "std": std}
+    return {"name": "images", "type": "uint8" if kind == "uint8" else "float32", "shape": ["batch", 3, height, width], "colour_order": "RGB",
             "resize": resize, "normalisation": normalisation}
 
 # %% ../nbs/61_card.ipynb #ede4d069
@@ -279,6 +283,7 @@ def make_card(
     width: int,
     feature_config: RunConfig,  # how features are made
     run_config: RunConfig,  # the settings as the run had them
+    input: str = "uint8",  # what the exported files take
 ) -> dict:
     "The card of a network; `domainmix.deploy.export` adds the exported files."
     path = path.absolute()
@@ -286,7 +291,7 @@ def make_card(
     about, learned = (load_json(home/"config.json"), trained_roles(path.parent)) if home else ({}, None)
     return {
         "name": model_name(path),
-        "input": card_input(height, width),
+        "input": card_input(height, width, input),
         "output": card_output(net, feature_config),
         "network": card_network(path, net),
         "data": card_data(run_config, about, learned) if home else None,

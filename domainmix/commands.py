@@ -116,6 +116,9 @@ class ExportCommand:
     model: str                      # a run's name or folder, a stage's folder, or a file of weights (.safetensors, .pth)
     out: str                        # the folder to make: model.onnx, model.pt2, card.json
     formats: tuple[Literal["onnx", "torch"], ...] = ("onnx", "torch")  # files to write: model.onnx, model.pt2 (torch)
+    # what the files take: uint8; float32, normalised as trackers feed it; or unit, float32 from 0 to 1
+    input: Literal["uint8", "float32", "unit"] = "uint8"
+    opset: int = 18                 # version of the operators in model.onnx; 18 runs on onnxruntime 1.15 and later
     tolerance: float = 1e-4         # the largest difference from PyTorch's features that is allowed
     backbone: str | None = None     # the architecture, for a file without it, as in `domainmix run`
     last_stride: Literal[1, 2] | None = None  # with --backbone: stride of its last stage; 2 as in ImageNet networks
@@ -426,7 +429,7 @@ def do_bench(args: BenchCommand) -> None:
 def do_export(args: ExportCommand) -> None:
     "Export a network and say what was written."
     card = export(args.model, args.out, architecture(args), args.data, args.formats, args.tolerance,
-                  args.feature, args.flip)
+                  args.feature, args.flip, args.input, args.opset)
     for f in card["files"].values():
         print(f"{Path(args.out)/f['file']}: differs from PyTorch by {f['largest_difference']:.1e} at most")
     print(f"{Path(args.out)/'card.json'}: what goes in and comes out, data, scores, terms")
