@@ -7,6 +7,7 @@ __all__ = ['FIRST_FLAGS', 'usage_text', 'read_flag', 'preset_changes', 'default_
            'check_command', 'parse_command', 'typed_settings', 'given_settings', 'run_command', 'main']
 
 # %% ../nbs/80_cli.ipynb #c9f5c3f6
+import contextlib
 import re
 import sys
 from typing import Any, Callable
@@ -158,17 +159,18 @@ def run_command(
     argv: list[str],  # command and flags
 ) -> None:
     "Parse a command and do it."
-    check_command(argv)
-    with command_line(given_settings(argv)):
-        action, args = parse_command(argv)
-        action(args)
+    action, args = parse_command(argv)
+    action(args)
 
 # %% ../nbs/80_cli.ipynb #68ea4a4a
 def main(
     argv: list[str] | None = None,  # None: the arguments of the terminal
 ) -> int:  # the exit code
     "The `domainmix` command."
-    return report_errors(lambda: run_command(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    known = argv and argv[0] in COMMANDS
+    with command_line(given_settings(argv)) if known else contextlib.nullcontext():
+        return report_errors(lambda: run_command(argv))
 
 # %% ../nbs/80_cli.ipynb #98137011
 if __name__ == "__main__" and globals().get("__spec__"):

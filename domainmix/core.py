@@ -6,7 +6,7 @@
 __all__ = ['DEVICE_KINDS', 'DomainMixError', 'expect_error', 'generator', 'count_devices', 'available_devices', 'cuda_problem',
            'pick_device', 'widest_float', 'free_memory', 'bf16_is_fast', 'int8_is_fast', 'autocast', 'compile_loop',
            'later_setting', 'to_jsonable', 'coerce_type', 'to_dict', 'from_dict', 'with_overrides', 'setting_names',
-           'CommandLine', 'command_line', 'flag', 'fingerprint', 'rank_and_size']
+           'CommandLine', 'has_flag', 'command_line', 'flag', 'fingerprint', 'rank_and_size']
 
 # %% ../nbs/00_core.ipynb #45ea48cf
 import contextlib
@@ -131,7 +131,7 @@ def pick_device(
     name = _auto_device() if name == "auto" else str(name)
     if name in ("cuda", "xpu") and "LOCAL_RANK" in os.environ:
         name = f"{name}:{os.environ['LOCAL_RANK']}"
-    remedy = f"use --device cpu or auto; torch finds on this machine: {', '.join(available_devices())}"
+    remedy = f"use {flag('device')} cpu or auto; torch finds on this machine: {', '.join(available_devices())}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -433,6 +433,14 @@ class CommandLine(typing.NamedTuple):
 
 # %% ../nbs/00_core.ipynb #7d547451
 _command_line = contextvars.ContextVar("command_line", default=None)   # of the command that runs; None: a library call
+
+# %% ../nbs/00_core.ipynb #67b67cd7
+def has_flag(
+    name: str,  # dotted name of a setting
+) -> bool:
+    "Has the command that runs this setting? In a library call, where there is no command, every setting counts."
+    given = _command_line.get()
+    return given is None or name in given.flags
 
 # %% ../nbs/00_core.ipynb #ee469937
 @contextlib.contextmanager

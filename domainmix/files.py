@@ -29,7 +29,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from .core import DomainMixError, fingerprint, rank_and_size, to_jsonable
+from .core import DomainMixError, fingerprint, has_flag, rank_and_size, to_jsonable
 
 # %% ../nbs/01_files.ipynb #bf09943d
 def write_atomic(
@@ -365,7 +365,8 @@ def _locked_error(folder: str | Path) -> DomainMixError:
     "The error for a folder that another process has locked."
     owner = _read_lock_owner(Path(folder)/".lock")
     who = "process {pid} on {host}, since {since},".format(**{"since": "?"} | owner) if owner else "another process"
-    return DomainMixError(f"{who} is already working in {folder}", "wait for it, stop it, or choose another --run")
+    other = ", or choose another --run" if has_flag("run") else ""
+    return DomainMixError(f"{who} is already working in {folder}", f"wait for it or stop it{other}")
 
 # %% ../nbs/01_files.ipynb #aec41b05
 @contextlib.contextmanager

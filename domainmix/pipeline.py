@@ -18,7 +18,9 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 
-from .core import CommandLine, DomainMixError, command_line, rank_and_size, with_overrides
+from domainmix.core import (
+    CommandLine, DomainMixError, command_line, flag, has_flag, rank_and_size, with_overrides,
+)
 from .files import Terminated, load_json, raise_on_sigterm
 from .runs.pipeline import result_text, run
 from .runs.settings import RunConfig, load_config
@@ -56,9 +58,15 @@ def report_os_error(
     if error.errno not in USER_ERRNOS:
         return None
     text = (f"error: {error.strerror}: {error.filename or 'while writing'}\n"
-            "  -> free disk space or correct the file permissions, or choose another --data; "
+            f"  -> free disk space or correct the file permissions{', or choose another --data' * has_flag('data')}; "
             "then repeat the command to continue")
     return ErrorReport(EXIT_USER_ERROR, text)
+
+# %% ../nbs/70_headless.ipynb #2619eba3
+def _smaller_batches() -> str:
+    "The settings that make the batches of a training smaller."
+    names = ", ".join(flag(f"{section}.p") for section in ("pretrain", "spcl", "stage2", "stage3"))
+    return f"smaller batches ({names}), a smaller {flag('height')} and {flag('width')}, "
 
 # %% ../nbs/70_headless.ipynb #693d2539
 def report_full_gpu(
@@ -66,8 +74,8 @@ def report_full_gpu(
 ) -> ErrorReport:
     "The report of a full GPU memory."
     text = (f"error: the GPU's memory is full ({error})\n"
-            "  -> smaller batches (pretrain.p, spcl.p, stage2.p, stage3.p), a smaller --height and --width, "
-            "more processes, or --device cpu; what was finished is kept")
+            f"  -> {_smaller_batches() if has_flag('stage2.p') else ''}more processes, "
+            f"or {flag('device')} cpu; what was finished is kept")
     return ErrorReport(EXIT_USER_ERROR, text)
 
 # %% ../nbs/70_headless.ipynb #d18bdefa

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import DomainMixError, fingerprint, to_dict, to_jsonable
+from ..core import DomainMixError, fingerprint, has_flag, to_dict, to_jsonable
 from ..files import load_dict, load_json, save_json, unfinished_files
 from ..distributed import call_on_rank0
 from ..schedule import length_obstacle
@@ -242,8 +242,8 @@ def other_run_error(
     lines = "\n     ".join(changed or ["(the code of its stages)"])
     return DomainMixError(
         f"{home} contains a run with another configuration:\n     {lines}\n  {outcome}",
-        "choose another name (--run) or the old settings; or give --update, which redoes only these stages, "
-        "or --fresh, which deletes the run and starts again",
+        f"{'choose another name (--run) or the old settings; or ' * has_flag('run')}give --update, which redoes only these "
+        f"stages{', or --fresh, which deletes the run and starts again' * has_flag('fresh')}",
     )
 
 # %% ../../nbs/runs/02_folder.ipynb #43c48521
@@ -253,7 +253,7 @@ def _existing_files(home: Path) -> list[Path]:
     if not there or (home/"config.json").is_file(): return there
     if all(p in unfinished_files(home) for p in there): return []  # a run was killed before its first file was complete
     raise DomainMixError(
-        f"{home} exists and is not the folder of a run: it has no config.json", "choose another --run",
+        f"{home} exists and is not the folder of a run: it has no config.json", "choose another --run" if has_flag("run") else "move it elsewhere",
     )
 
 # %% ../../nbs/runs/02_folder.ipynb #f1d9802c
@@ -263,7 +263,7 @@ def _read_old_config(home: Path) -> dict:
     if isinstance(old.get("inputs", {}), dict): return old
     raise DomainMixError(
         f"{home/'config.json'} is damaged: inputs is {old['inputs']!r:.80}",
-        "delete that line, or start again with --fresh",
+        f"delete that line{', or start again with --fresh' * has_flag('fresh')}",
     )
 
 # %% ../../nbs/runs/02_folder.ipynb #51cb949a
@@ -273,7 +273,7 @@ def _check_same_kind(home: Path, old: dict, record: dict) -> None:
     if kinds[0] == kinds[1]: return
     raise DomainMixError(
         f"{home} contains {kinds[0]}, but {kinds[1]} was requested",
-        "choose another name (--run); or give --fresh, which deletes the run and starts again",
+        f"choose another name{' (--run); or give --fresh, which deletes the run and starts again' * has_flag('fresh')}",
     )
 
 # %% ../../nbs/runs/02_folder.ipynb #f2d9bb0e

@@ -231,7 +231,7 @@ def _check_architecture(config: RunConfig) -> None:
     if config.net.name == config.backbone: return
     raise DomainMixError(
         f"the backbone is {config.backbone!r}, but net.name is {config.net.name!r}",
-        f"choose it by --backbone, or configure(backbone={config.net.name!r}): this also chooses its settings",
+        f"choose it by {flag('backbone')}, or configure(backbone={config.net.name!r}): this also chooses its settings",
     )
 
 # %% ../../nbs/runs/00_settings.ipynb #8a93b350
@@ -246,7 +246,7 @@ def _check_method(config: RunConfig, method: Method, labeller: str) -> None:
     if config.labeller not in (labeller, RunConfig().labeller):
         raise DomainMixError(
             f"method {config.method!r} uses the labeller {labeller!r}, but labeller is {config.labeller!r}",
-            "leave --labeller out",
+            f"leave {flag('labeller')} out",
         )
 
 # %% ../../nbs/runs/00_settings.ipynb #61b2644f
@@ -257,8 +257,8 @@ def _check_real_sets(config: RunConfig) -> None:
         raise DomainMixError(f"a real set is given twice: {', '.join(config.real)}", "give each set once")
     if config.method != "only-a" and not specs:
         raise DomainMixError(
-            f"method {config.method!r} needs real images, but `real` is not given",
-            "give --real folder:DIR (or market1501:DIR, ..., world), or --method only-a",
+            f"method {config.method!r} needs real images, but none are given",
+            f"give {flag('real')} folder:DIR (or market1501:DIR, ..., world), or {flag('method')} only-a",
         )
 
 # %% ../../nbs/runs/00_settings.ipynb #a334da5c
@@ -515,6 +515,6 @@ def load_config(
     if other and config.net.name != backbone:  # a run's config.json holds every setting of its own backbone
         raise DomainMixError(
             f"{path} has all settings of the backbone {config.net.name!r}, but {backbone!r} was requested",
-            "drop --backbone, or take net out of the file",
+            f"drop {flag('backbone')}, or take net out of the file",
         )
     return config, _meta_values(values, path)

@@ -198,8 +198,8 @@ def refine_labels(
     t = load_labels(Path(start)/"labels.npz")
     try: label = call_on_rank0(lambda: refine(t.before, config.lower, config.upper))
     except DomainMixError as e:
-        remedy = (f"set --lower below {config.lower}, or --upper above {config.upper}, "
-                  f"or use more epochs of stage 1 (--{config.labeller}.epochs)")
+        remedy = (f"set {flag('lower')} below {config.lower}, or {flag('upper')} above {config.upper}, "
+                  f"or use more epochs of stage 1 ({flag(f'{config.labeller}.epochs')})")
         raise e.with_message(e.what, remedy) from e
     return save_labels(Path(folder)/"labels.npz", PseudoLabels(t.path, t.camera, label, t.before, t.reliable))
 
@@ -214,7 +214,7 @@ def choose_labels(
     if kind == "initial": return outliers_as_classes(table.before)
     if truth is None:
         raise DomainMixError(
-            "this method needs true labels of the real images, but they have none", "choose another --method",
+            "this method needs true labels of the real images, but they have none", f"choose another {flag('method')}",
         )
     return np.unique(truth, return_inverse=True)[1].astype(np.int64)
 

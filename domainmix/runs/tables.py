@@ -20,7 +20,7 @@ from typing import Callable
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..core import DomainMixError, from_dict, with_overrides
+from ..core import DomainMixError, flag, from_dict, with_overrides
 from ..files import load_json, locked, save_json
 from ..distributed import call_on_rank0, init_distributed
 from ..schedule import DomainConfig
@@ -118,7 +118,7 @@ def _row_configs(base: RunConfig, methods: tuple, seeds: tuple) -> list[RunConfi
     if not methods or not seeds:
         raise DomainMixError(
             f"a table needs methods and seeds: {len(methods)} and {len(seeds)} are given",
-            "give one or more of each, with --methods and --seeds",
+            f"give one or more of each: {flag('methods')}, {flag('seeds')}",
         )
     base, loss = inherit_settings(base), DomainConfig().loss  # each method sets its own loss
     changes = [{"method": m, "seed": s, "stage3.loss": loss} for s in seeds for m in methods]
@@ -280,7 +280,7 @@ def check_datasets_exist(
     raise DomainMixError(
         f"preset {name} needs " + "; ".join(missing) + ": no such folder",
         "data/README.md says where to get each set and how to unpack it; "
-        "if it lies elsewhere, name it with --synthetic, --real, --target",
+        f"if it lies elsewhere, name it with {flag('synthetic')}, {flag('real')}, {flag('target')}",
     )
 
 # %% ../../nbs/runs/05_tables.ipynb #af812502
