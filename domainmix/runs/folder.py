@@ -273,7 +273,8 @@ def _check_same_kind(home: Path, old: dict, record: dict) -> None:
     if kinds[0] == kinds[1]: return
     raise DomainMixError(
         f"{home} contains {kinds[0]}, but {kinds[1]} was requested",
-        f"choose another name{' (--run); or give --fresh, which deletes the run and starts again' * has_flag('fresh')}",
+        f"choose another name{' (--run)' * has_flag('run')}"
+        f"{'; or give --fresh, which deletes the run and starts again' * has_flag('fresh')}",
     )
 
 # %% ../../nbs/runs/02_folder.ipynb #f2d9bb0e
