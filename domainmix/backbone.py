@@ -21,7 +21,7 @@ from .core import DomainMixError
 from .world import BODY_PARTS
 from .body_parts import average_to_size, cut_out, load_parser, Parser
 from .norms import to_domain_bn
-from .bodies import _build_body, _add_input_channels, BackboneConfig, BODIES
+from .bodies import _build_body, _add_input_channels, BackboneConfig, BODIES, TokenBody
 from domainmix.weights import (
     _check_fits, _fetch, _first_differences, _load_checked, _timm_weights, match_body, read_weights, split_weights,
     weights_report, WeightsFile, WeightsParts,
@@ -252,7 +252,8 @@ def load_backbone(
 # %% ../nbs/24_backbone.ipynb #d50c512a
 def _list_bodies(net: ReIDNet) -> list[nn.Module]:
     "The bodies of a network: those that published weights go into."
-    return list(net.body.bodies.values()) if isinstance(net.body, MultiViewBody) else [net.body]
+    bodies = list(net.body.bodies.values()) if isinstance(net.body, MultiViewBody) else [net.body]
+    return [body.net if isinstance(body, TokenBody) else body for body in bodies]
 
 # %% ../nbs/24_backbone.ipynb #cf2a9c1b
 def _load_body(

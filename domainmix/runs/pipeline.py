@@ -293,7 +293,7 @@ def _count_identities(split: Split) -> int:
 def _too_few(config: RunConfig, section: str, p: int, there: int, what: str) -> list[Fault]:
     "A fault if a batch of a stage needs more identities than there are."
     if p <= there: return []
-    of_p = "" if p == getattr(config, section).p else f", which needs {p} of {what}"
+    of_p = "" if p == getattr(config, section).p else f", {p} of them from {what}"
     return [Fault(f"{flag(f'{section}.p')} is {getattr(config, section).p}{of_p}, but {what} has at most {there} identities",
                   "lower it, or give more images")]
 
@@ -355,7 +355,7 @@ def size_faults(
     "The settings for which the sets are too small."
     faults = _synthetic_size_faults(config, inputs)
     if inputs.real is not None: faults += _real_size_faults(config, inputs)
-    return list(dict.fromkeys(faults + _mixed_size_faults(config, inputs)))
+    return list(dict.fromkeys(faults or _mixed_size_faults(config, inputs)))
 
 # %% ../../nbs/runs/04_pipeline.ipynb #4371abc6
 def run(
