@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PART_EPS', 'PART_SCALE', 'FEATURE_PARTS', 'PART_WEIGHTS', 'MAX_DOMAINS', 'PartMaps', 'MultiViewBody', 'ReIDNet',
-           'Metric', 'n_parameters', 'build_backbone', 'load_backbone', 'load_published']
+           'Metric', 'n_parameters', 'build_backbone', 'load_backbone', 'load_published', 'fitting_backbones',
+           'fit_config', 'load_other_net']
 
 # %% ../nbs/24_backbone.ipynb #46dccf85
 import os
@@ -20,9 +21,10 @@ from .core import DomainMixError
 from .world import BODY_PARTS
 from .body_parts import average_to_size, cut_out, load_parser, Parser
 from .norms import to_domain_bn
-from .bodies import _build_body, _add_input_channels, BackboneConfig
+from .bodies import _build_body, _add_input_channels, BackboneConfig, BODIES, TokenBody
 from domainmix.weights import (
-    _check_fits, _fetch, _load_checked, _pad_input_channels, _read_tensors, _timm_weights, CLASSIFIER_PREFIXES,
+    _check_fits, _fetch, _first_differences, _load_checked, _timm_weights, match_body, read_weights, split_weights,
+    weights_report, WeightsFile, WeightsParts,
 )
 
 # %% ../nbs/24_backbone.ipynb #4b09316c
@@ -44,7 +46,8 @@ class PartMaps(NamedTuple):
 
     def averages(self) -> Tensor:
         "The average over each part: (B, P, C)."
-        return torch.einsum("bchw,bphw->bpc", self.map.float(), self.location_weights())
+        # a product of matrices, and not einsum: exported, einsum cannot take an empty batch
+        return self.location_weights().flatten(2) @ self.map.float().flatten(2).mT
 
 # %% ../nbs/24_backbone.ipynb #878b6057
 def _body_inputs(parser: Parser, x: Tensor, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -249,35 +252,97 @@ def load_backbone(
 # %% ../nbs/24_backbone.ipynb #d50c512a
 def _list_bodies(net: ReIDNet) -> list[nn.Module]:
     "The bodies of a network: those that published weights go into."
-    return list(net.body.bodies.values()) if isinstance(net.body, MultiViewBody) else [net.body]
+    bodies = list(net.body.bodies.values()) if isinstance(net.body, MultiViewBody) else [net.body]
+    return [body.net if isinstance(body, TokenBody) else body for body in bodies]
 
 # %% ../nbs/24_backbone.ipynb #cf2a9c1b
-def _load_body(body: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
-    "Load the weights of a published network into a body; return the names of the last layers, which are dropped."
+def _load_body(
+    body: nn.Module,
+    file: WeightsFile,
+    source: str,
+    neck: nn.BatchNorm1d | None = None,   # filled if the file has one that fits
+) -> tuple[WeightsParts, list[str]]:      # what went where; the names that the file does not have
+    "Load the weights of a published network into a body."
     ours = body.state_dict()
-    dropped = [k for k in state if k.startswith(CLASSIFIER_PREFIXES) and k not in ours]
-    kept = {k: _pad_input_channels(v, ours.get(k)) for k, v in state.items() if k not in dropped}
-    _load_checked(body, kept, source)
-    return dropped
+    parts = split_weights(file.tensors, ours, 0 if neck is None else neck.num_features)
+    _load_checked(body, parts.body, source)
+    if parts.neck:
+        _load_checked(neck, parts.neck, f"{parts.neck_name} of {source}")
+    return parts, [k for k in ours if k not in parts.body]
 
 # %% ../nbs/24_backbone.ipynb #24634dcc
+def _open_published(config: BackboneConfig) -> tuple[str, WeightsFile]:
+    "The file that `config.weights` means, and its name."
+    if config.weights == "imagenet" and config.name.startswith("timm:"):
+        return config.name, WeightsFile(_timm_weights(config.name.removeprefix("timm:")), "", ())
+    source = _fetch(config.name) if config.weights == "imagenet" else Path(config.weights)
+    return str(source), read_weights(source)
+
+# %% ../nbs/24_backbone.ipynb #4410172a
+def _is_our_net(file: WeightsFile) -> bool:
+    "Are these the tensors of a whole network of this kit?"
+    return any(k.startswith("body.") for k in file.tensors) and "neck.weight" in file.tensors
+
+# %% ../nbs/24_backbone.ipynb #7047b3a0
 def load_published(
     net: ReIDNet,             # filled in place
     config: BackboneConfig,   # its `weights`: imagenet or a path
-) -> list[str]:               # the tensors of the file that were dropped
-    "Load weights from a file: of an ImageNet classifier, or of a whole re-ID network."
-    if config.weights == "imagenet" and config.name.startswith("timm:"):
-        source, state = config.name, _timm_weights(config.name.removeprefix("timm:"))
-    else:
-        source = _fetch(config.name) if config.weights == "imagenet" else Path(config.weights)
-        state = _read_tensors(source)
-        if any(k.startswith("body.") for k in state):
-            # training makes a metric invalid
-            without_metric = {k: v for k, v in state.items() if not k.startswith("metric.")}
-            _load_checked(net, without_metric, str(source))
-            return []
-    for body in _list_bodies(net):
-        dropped = _load_body(body, state, str(source))
-    without = f", without its last layers {', '.join(dropped)}" if dropped else ""
-    print(f"{os.path.basename(source)}: loaded{without}")
-    return dropped
+) -> list[str]:               # the tensors of the file that were left
+    "Load weights from a file: of an ImageNet classifier, or of a re-ID network of this kit or another; print which."
+    source, file = _open_published(config)
+    if _is_our_net(file):
+        # training makes a metric invalid
+        _load_checked(net, {k: v for k, v in file.tensors.items() if not k.startswith("metric.")}, source)
+        return []
+    bodies = _list_bodies(net)
+    for body in bodies:
+        parts, missing = _load_body(body, file, source, net.neck if len(bodies) == 1 else None)
+    print(weights_report(os.path.basename(source), file, parts, missing))
+    if not parts.match.has_first_relu and config.first_relu:
+        print("  its network has no ReLU after the first norm, this one has; net.first_relu off makes them equal")
+    return parts.left
+
+# %% ../nbs/24_backbone.ipynb #6f118a6c
+def fitting_backbones(
+    tensors: dict[str, Tensor],   # of a file
+) -> list[str]:
+    "The backbones whose whole body is among the tensors."
+    found = []
+    for name in BODIES:
+        if name != "small":    # it has no fixed width, and no other toolbox has it
+            with torch.device("meta"):
+                ours = _build_body(BackboneConfig(name), 0)[0].state_dict()
+            if not _first_differences(split_weights(tensors, ours, 0).body, ours):
+                found.append(name)
+    return found
+
+# %% ../nbs/24_backbone.ipynb #b8f2f6f1
+def fit_config(
+    config: BackboneConfig,
+    tensors: dict[str, Tensor],   # of a file
+) -> BackboneConfig:
+    "The config of the network that is in a file of another toolbox: without the first ReLU where the file has none."
+    if not config.name.startswith("resnet50"):
+        return replace(config, weights="none")
+    with torch.device("meta"):
+        ours = _build_body(config, 0)[0].state_dict()
+    return replace(config, weights="none", first_relu=config.first_relu and match_body(tensors, ours).has_first_relu)
+
+# %% ../nbs/24_backbone.ipynb #ab2a7c93
+def load_other_net(
+    config: BackboneConfig,   # its architecture
+    path: str | Path,         # a file of weights, of any toolbox
+) -> tuple[ReIDNet, BackboneConfig]:
+    "The network in a file that does not say what it is, and its config."
+    file = read_weights(path)
+    if _is_our_net(file):
+        return load_backbone(config, file.tensors), config
+    fitted = fit_config(config, file.tensors)
+    net = build_backbone(fitted)
+    try:
+        load_published(net, replace(fitted, weights=str(path)))
+    except DomainMixError as e:
+        names = fitting_backbones(file.tensors)
+        remedy = f"it fits {' or '.join(names)}: give that as backbone" if names else "give a file of this backbone"
+        raise e.with_message(e.what, remedy) from e
+    return net, fitted

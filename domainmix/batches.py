@@ -32,7 +32,8 @@ class AugmentConfig:
     erase_area: tuple[float, float] = (0.02, 0.4)    # area of the rectangle as a share of the image: least, most
     erase_aspect: tuple[float, float] = (0.3, 3.33)  # height / width of the rectangle: least, most
 
-    def __post_init__(self):
+    def checked(self) -> "AugmentConfig":
+        "The same settings; values that no image can be changed with are refused."
         for name in ("flip", "erase"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise DomainMixError(f"augment.{name} is {value}", "give a probability, 0 to 1")
@@ -42,6 +43,7 @@ class AugmentConfig:
                 raise DomainMixError(f"augment.{name} is {low} to {high}", f"give a range above 0 and at most {most}")
         if self.pad < 0:
             raise DomainMixError(f"augment.pad is {self.pad}", "give 0 or more pixels")
+        return self
 
     def padding(self, height: int) -> int:
         "Pixels of border for images of `height` rows."
@@ -161,7 +163,7 @@ def augment(
 ) -> Tensor:                           # float (B, 3, H, W)
     "The batch, augmented and normalised."
     u = augmentation_numbers(len(images), random) if isinstance(random, torch.Generator) else random
-    u = u.to(images.device)
+    u, config = u.to(images.device), config.checked()
     if images.device.type == "cpu" and (loop := compile_loop(augment_loop)):
         return augment_compiled(images, u, config, loop)
     return erase_rectangles(normalise(flip_and_shift(images, u, config)), u, config)

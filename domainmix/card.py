@@ -21,7 +21,8 @@ from typing import Any
 from . import __version__
 from .backbone import ReIDNet, n_parameters
 from .core import DomainMixError, to_dict
-from .files import load_dict, load_json, weights_metadata
+from .files import load_dict, load_json
+from .weights import weights_header
 from .images import MEAN, STD
 from .inference import containing_run, find_net, model_name
 from .layouts import LAYOUTS
@@ -230,12 +231,16 @@ LIMITS = [
 def card_input(
     height: int,  # rows
     width: int,  # columns
+    kind: str = "uint8",  # what the exported files take: uint8, float32 (normalised) or unit (0 to 1)
 ) -> dict:
     "How an image becomes input."
     mean, std = ([round(v, 6) for v in t.flatten().tolist()] for t in (MEAN, STD))
     resize = f"the upright crop to {height} rows x {width} columns, bicubic (Pillow), without regard to its aspect"
-    normalisation = {"where": "inside the graph: give bytes, 0 to 255", "mean": mean, "std": std}
-    return {"name": "images", "type": "uint8", "shape": ["batch", 3, height, width], "colour_order": "RGB",
+    where = {"uint8": "inside the graph: give bytes, 0 to 255",
+             "float32": "by you: divide the bytes by 255, subtract the mean, divide by std",
+             "unit": "inside the graph: give the bytes divided by 255"}[kind]
+    normalisation = {"where": where, "mean": mean, "std": std}
+    return {"name": "images", "type": "uint8" if kind == "uint8" else "float32", "shape": ["batch", 3, height, width], "colour_order": "RGB",
             "resize": resize, "normalisation": normalisation}
 
 # %% ../nbs/61_card.ipynb #ede4d069
@@ -256,7 +261,7 @@ def card_network(
     net: ReIDNet,
 ) -> dict:
     "The architecture, the number of parameters and a checksum of the weights."
-    return {"backbone": without_paths(weights_metadata(path).get("backbone")), "parameters": n_parameters(net),
+    return {"backbone": without_paths(weights_header(path).get("backbone")), "parameters": n_parameters(net),
             "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 # %% ../nbs/61_card.ipynb #ec3839e9
@@ -278,6 +283,7 @@ def make_card(
     width: int,
     feature_config: RunConfig,  # how features are made
     run_config: RunConfig,  # the settings as the run had them
+    input: str = "uint8",  # what the exported files take
 ) -> dict:
     "The card of a network; `domainmix.deploy.export` adds the exported files."
     path = path.absolute()
@@ -285,7 +291,7 @@ def make_card(
     about, learned = (load_json(home/"config.json"), trained_roles(path.parent)) if home else ({}, None)
     return {
         "name": model_name(path),
-        "input": card_input(height, width),
+        "input": card_input(height, width, input),
         "output": card_output(net, feature_config),
         "network": card_network(path, net),
         "data": card_data(run_config, about, learned) if home else None,

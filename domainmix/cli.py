@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['FIRST_FLAGS', 'usage_text', 'read_flag', 'preset_changes', 'default_arguments', 'merge_repeated_flag',
-           'check_command', 'parse_command', 'run_command', 'main']
+           'check_command', 'parse_command', 'typed_settings', 'given_settings', 'run_command', 'main']
 
 # %% ../nbs/80_cli.ipynb #c9f5c3f6
+import contextlib
+import re
 import sys
 from typing import Any, Callable
 
 from . import __version__
 from .commands import COMMANDS, CompareCommand, TableCommand
-from .core import DomainMixError
-from .pipeline import report_errors
+from .core import CommandLine, DomainMixError, command_line, setting_names
+from .pipeline import report_errors, settings_in_file
 from .runs.settings import RunConfig, configure, load_config
 from .runs.tables import DEMO, DEMO_SEEDS, preset_settings
 
@@ -135,6 +137,23 @@ def parse_command(
     flags = merge_repeated_flag(flags, "real")
     return action, tyro.cli(kind, prog=f"domainmix {name}", args=flags, config=marks, **more)
 
+# %% ../nbs/80_cli.ipynb #09f0e12c
+def typed_settings(
+    argv: list[str],  # flags
+) -> frozenset[str]:
+    "The dotted names of the settings that were typed as flags."
+    names = (word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--"))
+    return frozenset(re.sub(r"(^|\.)no_", r"\1", name) for name in names)
+
+# %% ../nbs/80_cli.ipynb #6c0d8864
+def given_settings(
+    argv: list[str],  # command and flags
+) -> CommandLine:
+    "What the user gave, for messages."
+    kind, flags = COMMANDS[argv[0]][0], argv[1:]
+    file = read_flag(flags, "config") if issubclass(kind, RunConfig) else None
+    return CommandLine(frozenset(setting_names(kind)), typed_settings(flags), file or "", settings_in_file(file))
+
 # %% ../nbs/80_cli.ipynb #606f8bc0
 def run_command(
     argv: list[str],  # command and flags
@@ -148,7 +167,10 @@ def main(
     argv: list[str] | None = None,  # None: the arguments of the terminal
 ) -> int:  # the exit code
     "The `domainmix` command."
-    return report_errors(lambda: run_command(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    known = argv and argv[0] in COMMANDS
+    with command_line(given_settings(argv)) if known else contextlib.nullcontext():
+        return report_errors(lambda: run_command(argv))
 
 # %% ../nbs/80_cli.ipynb #98137011
 if __name__ == "__main__" and globals().get("__spec__"):

@@ -72,6 +72,7 @@ class LabelCommand(RunCommand):
 class FeatureCommand:
     "How a trained network makes features, and where."
     backbone: str | None = None     # the architecture, for a file without it, as in `domainmix run`
+    last_stride: Literal[1, 2] | None = None  # with --backbone: stride of its last stage; 2 as in ImageNet networks
     skip_bad: bool = False          # leave unreadable images out, and count them
     feature: Literal["neck", "raw"] | None = None  # after (neck) or before (raw) the BN neck; None: as the model's run
     flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run
@@ -82,7 +83,7 @@ class FeatureCommand:
 @dataclass
 class EvaluateCommand(FeatureCommand):
     "Test a trained network on a target."
-    model: str                      # a run's name or folder, a stage's folder, or a .safetensors file
+    model: str                      # a run's name or folder, a stage's folder, or a file of weights (.safetensors, .pth)
     target: str                     # the data set to test on: market1501:DIR, folder:DIR with a pattern, world, ...
     pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera
     centre_cameras: bool = False    # subtract the mean feature of each camera: needs all images at once, no labels
@@ -94,7 +95,7 @@ class EvaluateCommand(FeatureCommand):
 class EmbedCommand(FeatureCommand):
     "Features of all images of a folder or data set."
     images: str                     # images to embed: folder:DIR, market1501:DIR, world, ...
-    model: str | None = None        # a run's name or folder, a stage's folder, or a .safetensors file
+    model: str | None = None        # a run's name or folder, a stage's folder, or a file of weights (.safetensors, .pth)
     onnx: str | None = None         # instead of --model: an exported model.onnx, or its folder, run by onnxruntime
     out: str = "features.npy"       # float32 (N, D), one row for each image; the paths are written to a .csv beside it
 
@@ -102,7 +103,7 @@ class EmbedCommand(FeatureCommand):
 @dataclass
 class TuneCommand(FeatureCommand):
     "Learn a metric for a trained network's features from unlabelled images, in seconds, without training."
-    model: str                      # a run's name or folder, a stage's folder, or a .safetensors file
+    model: str                      # a run's name or folder, a stage's folder, or a file of weights (.safetensors, .pth)
     images: str                     # unlabelled images of real cameras: folder:DIR, market1501:DIR, ...
     out: str = "tuned.safetensors"  # file for the network with its metric, for evaluate, embed and export
     ridge: float = 10.              # regularisation; smaller: what varies within a person counts less
@@ -112,11 +113,15 @@ class TuneCommand(FeatureCommand):
 @dataclass
 class ExportCommand:
     "Write a trained network as ONNX and torch.export, with a card that describes it."
-    model: str                      # a run's name or folder, a stage's folder, or a .safetensors file
+    model: str                      # a run's name or folder, a stage's folder, or a file of weights (.safetensors, .pth)
     out: str                        # the folder to make: model.onnx, model.pt2, card.json
     formats: tuple[Literal["onnx", "torch"], ...] = ("onnx", "torch")  # files to write: model.onnx, model.pt2 (torch)
+    # what the files take: uint8; float32, normalised as trackers feed it; or unit, float32 from 0 to 1
+    input: Literal["uint8", "float32", "unit"] = "uint8"
+    opset: int = 18                 # version of the operators in model.onnx; 18 runs on onnxruntime 1.15 and later
     tolerance: float = 1e-4         # the largest difference from PyTorch's features that is allowed
     backbone: str | None = None     # the architecture, for a file without it, as in `domainmix run`
+    last_stride: Literal[1, 2] | None = None  # with --backbone: stride of its last stage; 2 as in ImageNet networks
     feature: Literal["neck", "raw"] | None = None  # after (neck) or before (raw) the BN neck; None: as the model's run
     flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run
     data: str = "data"              # the folder with runs/
@@ -290,7 +295,10 @@ def do_label(args: LabelCommand) -> None:
 # %% ../nbs/79_commands.ipynb #b6376dd6
 def architecture(args: FeatureCommand | ExportCommand) -> RunConfig | None:
     "The architecture of --backbone, for files without one."
-    return configure(backbone=args.backbone) if args.backbone else None
+    if args.last_stride and not args.backbone:
+        raise DomainMixError("--last-stride is given without --backbone", "give both, for a file without its architecture")
+    stride = {"net.last_stride": args.last_stride} if args.last_stride else {}
+    return configure(stride, backbone=args.backbone) if args.backbone else None
 
 # %% ../nbs/79_commands.ipynb #1684b960
 def common_options(args: FeatureCommand) -> dict:
@@ -421,7 +429,7 @@ def do_bench(args: BenchCommand) -> None:
 def do_export(args: ExportCommand) -> None:
     "Export a network and say what was written."
     card = export(args.model, args.out, architecture(args), args.data, args.formats, args.tolerance,
-                  args.feature, args.flip)
+                  args.feature, args.flip, args.input, args.opset)
     for f in card["files"].values():
         print(f"{Path(args.out)/f['file']}: differs from PyTorch by {f['largest_difference']:.1e} at most")
     print(f"{Path(args.out)/'card.json'}: what goes in and comes out, data, scores, terms")

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from .batches import ImageStack
-from .core import DomainMixError, compile_loop, generator, pick_device
+from .core import DomainMixError, compile_loop, flag, generator, pick_device
 from .distributed import call_on_rank0
 from .jaccard import RerankConfig, reranked_distances
 from .knn import camera_centre, exact_matmul, row_products, unit_rows
@@ -275,7 +275,7 @@ def evaluate(
     cameras = query_records.camera, gallery_records.camera
     if centre_cameras and (np.concatenate(cameras) < 0).all():
         raise DomainMixError("centring needs the cameras of the target, but none is known",
-                             "give --pattern with a group camera, or leave --centre-cameras out")
+                             f"give {flag('target_pattern', 'pattern')} with a group camera, or leave {flag('centre_cameras')} out")
     sides = query_images, gallery_images
     q, g = (extract_features(net, i, batch, device, flip, precision, feature) for i in sides)
     if centre_cameras: q, g = camera_centre(np.concatenate([q, g]), np.concatenate(cameras)).split([len(q), len(g)])

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from .core import DomainMixError, fingerprint, rank_and_size
+from .core import DomainMixError, fingerprint, flag, rank_and_size
 from .files import load_json, locked, save_json, write_atomic
 from .records import Records, printable
 
@@ -282,7 +282,7 @@ def report_unreadable(
     "Raise an error about unreadable images, or warn."
     said = f"{unreadable_images_text(records.path, bad)} (in {printable(records.root)})"
     if not skip_bad or len(bad) == len(records):
-        raise DomainMixError(said, "unpack or copy them again; skip_bad leaves such images out")
+        raise DomainMixError(said, f"unpack or copy them again; {flag('skip_bad')} leaves such images out")
     warnings.warn(f"left out: {said}")
 
 # %% ../nbs/15_images.ipynb #06752685

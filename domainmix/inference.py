@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_FORMS', 'last_network', 'find_net', 'open_net', 'containing_run', 'model_settings', 'model_name', 'split_array',
            'list_path', 'list_images', 'to_pillow', 'resize_image', 'decode_list', 'Model', 'load', 'embed',
-           'ensure_suffix', 'csv_quote', 'write_features', 'embed_to_file', 'evaluate_model', 'tune', 'add_metric']
+           'ensure_suffix', 'csv_quote', 'write_features', 'embed_to_file', 'evaluate_model', 'saved_architecture',
+           'tune', 'add_metric']
 
 # %% ../nbs/60_inference.ipynb #50c0830e
 import os
@@ -18,14 +19,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .backbone import ReIDNet
+from .backbone import ReIDNet, fit_config
 from .core import DomainMixError, pick_device, to_dict, with_overrides
 from .datasets import read_dataset
 from .evaluation import extract_features
-from .files import save_weights, weights_metadata, write_atomic
+from .files import save_weights, write_atomic
 from .images import apply_exif_rotation, decode_files, read_error_text, to_rgb, unreadable_images_text
 from .metric import learn_metric
 from .records import find_images, printable
+from .weights import read_weights, weights_header
 from .runs.inputs import Split, decode_split, read_inputs
 from .runs.settings import METHODS, RunConfig, check_choice, configure, load_config
 from .runs.stages import feature_options, load_net, measure_ranking
@@ -47,7 +49,7 @@ def last_network(
 
 # %% ../nbs/60_inference.ipynb #d264a123
 def find_net(
-    model: str | Path,  # a .safetensors file, a stage's folder, a run's folder or a run's name
+    model: str | Path,  # a file of weights, a stage's folder, a run's folder or a run's name
     data: str | Path = "data",  # the folder in which a run's name is looked up
 ) -> Path:
     "The network file that `model` names; for a run, the network of its last stage."
@@ -58,8 +60,8 @@ def find_net(
             return path/"model.safetensors"
         if os.path.isfile(path/"config.json"):
             return last_network(path)
-    raise DomainMixError(
-        f"no model in {model}", "give a .safetensors file, a stage's folder, a run's folder, or the name of a run")
+    raise DomainMixError(f"no model in {model}", "give a .safetensors file, a stage's folder, a run's folder, "
+                         "the name of a run, or with a backbone a file of another toolbox")
 
 # %% ../nbs/60_inference.ipynb #8585f9a2
 def open_net(
@@ -93,7 +95,7 @@ def model_settings(
     if home:
         config = load_config(home/"config.json")[0]
     else:
-        header = {k: v for k, v in weights_metadata(path).items() if k in ("feature", "flip")}
+        header = {k: v for k, v in weights_header(path).items() if k in ("feature", "flip")}
         config = with_overrides(RunConfig(), header)
     return with_overrides(config, {k: v for k, v in given.items() if v is not None})
 
@@ -229,13 +231,14 @@ class Model:
 
 # %% ../nbs/60_inference.ipynb #88259ecd
 def load(
-    model: str | Path,  # a run's name or folder, a stage's folder, or a .safetensors file
+    model: str | Path,  # a run's name or folder, a stage's folder, or a file of weights of this kit or another toolbox
     data: str | Path = "data",  # the folder in which a run's name is looked up
     device: str = "auto",  # auto, cpu, cuda, xpu or mps
+    backbone: str | RunConfig | None = None,  # for a file that does not say its architecture: resnet50, ...
 ) -> Model:
     "Load a trained network with the options of its run."
     pick_device(device)  # refuse a missing GPU now, and not at the first image
-    net, height, width = open_net(model, None, data)
+    net, height, width = open_net(model, configure(backbone=backbone) if isinstance(backbone, str) else backbone, data)
     config = model_settings(model, data, device=device)
     return Model(net.eval(), height, width, **feature_options(config), source=model_name(find_net(model, data)))
 
@@ -331,6 +334,15 @@ def evaluate_model(
     inputs = read_inputs(reading, ("target",))
     return measure_ranking(inputs.query, inputs.gallery, net, **feature_options(settings), **options)
 
+# %% ../nbs/60_inference.ipynb #5250e779
+def saved_architecture(
+    path: Path,  # a file of weights
+    config: RunConfig,  # for a file that does not say its architecture
+) -> dict:
+    "The architecture of the network in a file, as the header of a new file keeps it."
+    known = weights_header(path).get("backbone")
+    return known or to_dict(fit_config(config.net, read_weights(path).tensors))
+
 # %% ../nbs/60_inference.ipynb #b79db4d3
 def tune(
     model: str | Path,  # what `find_net` finds
@@ -352,7 +364,7 @@ def tune(
         real=images, pattern=pattern, height=height, width=width, skip_bad=skip_bad, data=data, world=settings.world)
     real = read_inputs(reading, ("real",)).real
     add_metric(net, real, settings, ridge)
-    backbone = weights_metadata(find_net(model, data)).get("backbone") or to_dict((config or settings).net)
+    backbone = saved_architecture(find_net(model, data), config or settings)
     return save_weights(ensure_suffix(out, ".safetensors"), net.cpu(), backbone=backbone, height=height, width=width,
                         feature=settings.feature, flip=settings.flip)
 

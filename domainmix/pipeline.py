@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXIT_OK', 'EXIT_USER_ERROR', 'EXIT_INTERRUPTED', 'EXIT_BROKEN_PIPE', 'EXIT_TERMINATED', 'USER_ERRNOS',
            'print_message', 'ErrorReport', 'report_os_error', 'report_full_gpu', 'report_error', 'close_output',
-           'report_errors', 'parse_value', 'apply_settings', 'make_parser', 'run_from_file', 'main']
+           'report_errors', 'parse_value', 'apply_settings', 'make_parser', 'settings_in_file', 'run_from_file', 'main']
 
 # %% ../nbs/70_headless.ipynb #a88914cb
 import argparse
@@ -18,8 +18,10 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 
-from .core import DomainMixError, rank_and_size, with_overrides
-from .files import Terminated, raise_on_sigterm
+from domainmix.core import (
+    CommandLine, DomainMixError, command_line, flag, has_flag, rank_and_size, with_overrides,
+)
+from .files import Terminated, load_json, raise_on_sigterm
 from .runs.pipeline import result_text, run
 from .runs.settings import RunConfig, load_config
 from .runs.tables import gains_text, run_methods, table_text
@@ -56,9 +58,15 @@ def report_os_error(
     if error.errno not in USER_ERRNOS:
         return None
     text = (f"error: {error.strerror}: {error.filename or 'while writing'}\n"
-            "  -> free disk space or correct the file permissions, or choose another --data; "
+            f"  -> free disk space or correct the file permissions{', or choose another --data' * has_flag('data')}; "
             "then repeat the command to continue")
     return ErrorReport(EXIT_USER_ERROR, text)
+
+# %% ../nbs/70_headless.ipynb #2619eba3
+def _smaller_batches() -> str:
+    "The settings that make the batches of a training smaller."
+    names = ", ".join(flag(f"{section}.p") for section in ("pretrain", "spcl", "stage2", "stage3"))
+    return f"smaller batches ({names}), a smaller {flag('height')} and {flag('width')}, "
 
 # %% ../nbs/70_headless.ipynb #693d2539
 def report_full_gpu(
@@ -66,8 +74,8 @@ def report_full_gpu(
 ) -> ErrorReport:
     "The report of a full GPU memory."
     text = (f"error: the GPU's memory is full ({error})\n"
-            "  -> smaller batches (pretrain.p, spcl.p, stage2.p, stage3.p), a smaller --height and --width, "
-            "more processes, or --device cpu; what was finished is kept")
+            f"  -> {_smaller_batches() if has_flag('stage2.p') else ''}more processes, "
+            f"or {flag('device')} cpu; what was finished is kept")
     return ErrorReport(EXIT_USER_ERROR, text)
 
 # %% ../nbs/70_headless.ipynb #d18bdefa
@@ -150,11 +158,32 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="changes, such as stage2.epochs=5")
     return parser
 
+# %% ../nbs/70_headless.ipynb #e5c0fb5e
+def settings_in_file(
+    file: str | None,  # JSON; None: no file
+) -> frozenset[str]:
+    "The dotted names of the settings in a file; none if it cannot be read, which `load_config` reports."
+    def names(values, prefix=""):
+        for key, value in values.items() if isinstance(values, dict) else ():
+            yield prefix + key
+            yield from names(value, f"{prefix}{key}.")
+    try:
+        return frozenset(names(load_json(file))) if file else frozenset()
+    except DomainMixError:
+        return frozenset()
+
 # %% ../nbs/70_headless.ipynb #285935b7
 def run_from_file(
     args: argparse.Namespace,  # of `make_parser`
 ) -> None:
     "Do the run or the table of a file of settings, and print the result."
+    typed = frozenset(setting.partition("=")[0] for setting in args.settings)
+    with command_line(CommandLine(frozenset(vars(args)), typed, args.config, settings_in_file(args.config))):
+        _run_settings(args)
+
+# %% ../nbs/70_headless.ipynb #af23d731
+def _run_settings(args: argparse.Namespace) -> None:
+    "Do what `run_from_file` says; messages name settings as keys of the file."
     config, more = load_config(args.config)
     config = apply_settings(config, args.settings)
     if "methods" not in more:

@@ -39,13 +39,15 @@ class MMTConfig(PlainConfig):
     # images of the two networks: shared (both have the same) or own (each network draws its own)
     batches: Literal["shared", "own"] = "shared"
 
-    def __post_init__(self):
+    def checked(self) -> "MMTConfig":
+        "The same settings; values that have no meaning are refused."
         for name in ("soft_id", "soft_triplet"):
             value = getattr(self, name)
             if not 0 <= value <= 1: raise DomainMixError(f"{name} is {value}", "give a share, 0 to 1")
         if not self.ema:
             raise DomainMixError("ema is 0, but MMT's teachers are averaged networks",
                                  "give a number below 1, such as 0.999")
+        return self
 
 # %% ../../nbs/baselines/01_mmt.ipynb #92fcb634
 def soft_id_loss(
@@ -171,7 +173,7 @@ def adapt_mmt(
 ) -> tuple[ReIDNet, Clusters, np.ndarray]:     # first teacher, last clusters, mean features (N, D) of both teachers
     "MMT: mutual mean-teaching."
     _check_same_length(net, other)
-    device, config = pick_device(device), from_dict(type(config), to_dict(config))   # reports a wrong setting by name
+    device, config = pick_device(device), from_dict(type(config), to_dict(config)).checked()   # reports a wrong setting
     mix = UnionBatches(None, real_images, real_camera, config, device)
     learners = [Learner(n, config, device, real_images[:2]) for n in (net, other or net)]
     key = adapt_key(net, mix, seed) | dict(other=None if other is None else weights_key(other))

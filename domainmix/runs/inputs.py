@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import DomainMixError, fingerprint
+from ..core import DomainMixError, fingerprint, flag
 from ..distributed import call_rank0_first
 from ..records import DataSet, Records
 from ..datasets import read_dataset, write_world
@@ -88,7 +88,7 @@ def split_query_gallery(
         example = r"(?P<pid>\d+)_c(?P<camera>\d+)"
         raise DomainMixError(
             f"{dataset.root} has no identities, so nothing can be scored on it",
-            f"give a --target-pattern with a group pid, such as '{example}', or leave the target out",
+            f"give a {flag('target_pattern', 'pattern')} with a group pid, such as '{example}', or leave the target out",
         )
     r = r[r.pid >= 0]
     pairs, first = np.unique(np.stack([r.pid, r.camera]), axis=1, return_index=True)  # by identity, then camera
@@ -127,7 +127,7 @@ def check_split(
     if not len(records): raise DomainMixError(f"{what} has no images", "check the path")
     if labelled and not records.n_ids:
         raise DomainMixError(
-            f"{what} has no identities", "give a --pattern with a group pid for the file names of a folder: set",
+            f"{what} has no identities", f"give a {flag('pattern')} with a group pid for the file names of a folder: set",
         )
     if records.n_ids == 1:
         raise DomainMixError(f"{what} has one identity only ({n})", "give images of at least two people")
@@ -189,7 +189,7 @@ def read_inputs(config: RunConfig, roles=("synthetic", "real", "target")) -> Inp
     if config.pattern and not any(spec.startswith("folder:") for _, spec in named):
         raise DomainMixError(
             f"the pattern {config.pattern!r} is given, but none of the data sets is a folder: set",
-            "drop --pattern, or give a data set as folder:DIR",
+            f"drop {flag('pattern')}, or give a data set as folder:DIR",
         )
     found = {}
     for role, spec in sorted(named, key=lambda n: n[1] == "world"):  # the world last

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'COLUMNS', 'RUN_COLUMNS', 'pretrained_key', 'RunPlanner', 'plan_stages', 'plan_evaluations', 'plan_run',
-           'stage_progress', 'label_statistics', 'collect_scores', 'run_metrics', 'labels_text', 'result_text', 'run',
-           'make_labels']
+           'stage_progress', 'label_statistics', 'collect_scores', 'run_metrics', 'labels_text', 'result_text',
+           'size_faults', 'run', 'make_labels']
 
 # %% ../../nbs/runs/04_pipeline.ipynb #3f7c1f13
 import contextlib
@@ -17,12 +17,14 @@ from typing import Any, Callable
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..core import DomainMixError, fingerprint, rank_and_size
+from ..core import DomainMixError, fingerprint, flag, rank_and_size
 from ..files import Log, load_json, locked, save_json, wrap_read_errors
 from ..distributed import call_on_rank0, init_distributed
 from ..pseudolabel import label_quality, load_labels
-from .settings import METHODS, RESULT_NEUTRAL, RunConfig, check_choice, run_folder, validate_config
-from .inputs import Inputs, read_inputs
+from domainmix.runs.settings import (
+    METHODS, RESULT_NEUTRAL, Fault, RunConfig, check_choice, raise_faults, run_folder, validate_config,
+)
+from .inputs import Inputs, Split, read_inputs
 from .folder import Stage, config_record, prepare_run_folder, run_stage
 from domainmix.runs.stages import (
     N_PROBE, feature_options, load_net, measure_domain_probe, measure_ranking, refine_labels, rewrite_net_headers,
@@ -51,12 +53,14 @@ class RunPlanner:
         make: Callable[[Path, Log], Any],    # writes the files into a folder, and reports to a log
         settings: dict,                      # what its result depends on, besides the seed, A and other stages
         *depends_on: Stage,
+        section: str = "",                   # the part of the settings that has `epochs`
     ) -> Stage:
         "A stage in the run's folder."
         name = f"{kind}-{variant}" if self.shared and variant else kind
         log = Log(self.store/"log.jsonl", run=name, seed=self.config.seed)
         settings = {"seed": self.config.seed, "a": self.inputs.synthetic.key, **settings}
-        return Stage(name, self.store/name, settings, lambda folder: make(folder, log), depends_on)
+        do = lambda folder: make(folder, log)
+        return Stage(name, self.store/name, settings, do, depends_on, section, self.config.keep_state)
 
 # %% ../../nbs/runs/04_pipeline.ipynb #34fe9b9a
 def _plan_stage0(planner: RunPlanner) -> Stage:
@@ -67,7 +71,7 @@ def _plan_stage0(planner: RunPlanner) -> Stage:
                 "pretrain": config.pretrain if config.net.weights == "none" else None}
     if not synthetic: settings["b"] = inputs.real.key
     make = lambda folder, log: stage0(config, inputs, folder, log)
-    return planner.new_stage("stage0", "" if synthetic else "real", make, settings)
+    return planner.new_stage("stage0", "" if synthetic else "real", make, settings, section="pretrain")
 
 # %% ../../nbs/runs/04_pipeline.ipynb #24ed8a83
 def _needs_stage1(config: RunConfig) -> bool:
@@ -83,7 +87,7 @@ def _plan_stage1(planner: RunPlanner, zero: Stage) -> Stage:
     config, inputs, labeller = planner.config, planner.inputs, planner.config.labeller
     settings = {"b": inputs.real.key, labeller: getattr(config, labeller)}
     make = lambda folder, log: stage1(config, inputs, zero.folder, folder, log)
-    return planner.new_stage("stage1", "" if labeller == "spcl" else labeller, make, settings, zero)
+    return planner.new_stage("stage1", "" if labeller == "spcl" else labeller, make, settings, zero, section=labeller)
 
 # %% ../../nbs/runs/04_pipeline.ipynb #f4d8398d
 def _plan_refined(planner: RunPlanner, one: Stage) -> Stage:
@@ -116,7 +120,7 @@ def _plan_stage2(
     depends_on = [start] if labels is None or labels is start else [start, labels]
     make = lambda folder, log: stage2(config, inputs, start.folder, folder_of_labels, folder, log)
     settings = {"stage2": config.stage2, **_label_settings(planner)}
-    return planner.new_stage("stage2", _label_variant(config), make, settings, *depends_on)
+    return planner.new_stage("stage2", _label_variant(config), make, settings, *depends_on, section="stage2")
 
 # %% ../../nbs/runs/04_pipeline.ipynb #235c93ac
 def _plan_stage3(planner: RunPlanner, two: Stage, labels: Stage | None) -> Stage:
@@ -124,7 +128,8 @@ def _plan_stage3(planner: RunPlanner, two: Stage, labels: Stage | None) -> Stage
     config, inputs, folder_of_labels = planner.config, planner.inputs, labels and labels.folder
     variant = f"{_label_variant(config)}-{METHODS[config.method].loss}"
     make = lambda folder, log: stage3(config, inputs, two.folder, folder_of_labels, folder, log)
-    return planner.new_stage("stage3", variant, make, {"stage3": config.stage3, **_label_settings(planner)}, two)
+    settings = {"stage3": config.stage3, **_label_settings(planner)}
+    return planner.new_stage("stage3", variant, make, settings, two, section="stage3")
 
 # %% ../../nbs/runs/04_pipeline.ipynb #dc092041
 def plan_stages(
@@ -279,6 +284,79 @@ def result_text(
     if unreadable: lines.append("unreadable images left out: " + ", ".join(unreadable))
     return "\n".join(lines)
 
+# %% ../../nbs/runs/04_pipeline.ipynb #9cbff587
+def _count_identities(split: Split) -> int:
+    "The number of known identities of a split."
+    return len(np.unique(split.records.pid[split.records.pid >= 0]))
+
+# %% ../../nbs/runs/04_pipeline.ipynb #53f959f2
+def _too_few(config: RunConfig, section: str, p: int, there: int, what: str) -> list[Fault]:
+    "A fault if a batch of a stage needs more identities than there are."
+    if p <= there: return []
+    of_p = "" if p == getattr(config, section).p else f", {p} of them from {what}"
+    return [Fault(f"{flag(f'{section}.p')} is {getattr(config, section).p}{of_p}, but {what} has at most {there} identities",
+                  "lower it, or give more images")]
+
+# %% ../../nbs/runs/04_pipeline.ipynb #18d37a55
+def _synthetic_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
+    "Stages 0 and 1 with more identities in a batch than A has."
+    if inputs.synthetic is None or not METHODS[config.method].synthetic: return []
+    there, faults = _count_identities(inputs.synthetic), []
+    if config.net.weights == "none" and config.pretrain.epochs:
+        faults += _too_few(config, "pretrain", config.pretrain.p, there, "A")
+    if _needs_stage1(config) and config.labeller == "spcl" and config.spcl.synthetic:
+        faults += _too_few(config, "spcl", config.spcl.p, there, "A")
+    return faults
+
+# %% ../../nbs/runs/04_pipeline.ipynb #50a5d05d
+def _real_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
+    "Too few images of B for the neighbour lists of stage 1 or for Eq. (1); missing true labels."
+    faults, kind = [], METHODS[config.method].labels
+    n = len(inputs.real.records)
+    if kind == "true" and inputs.real.pids() is None:
+        faults.append(Fault(f"{flag('method')} {config.method} needs true labels of B, but some images have none",
+                            f"choose another {flag('method')}, or give identities"))
+    if not _needs_stage1(config): return faults
+    cluster = getattr(config, config.labeller).cluster
+    try: cluster.resolved(n)
+    except DomainMixError as e:
+        name = flag(f"{config.labeller}.cluster.k1")
+        remedy = f"set {name} below {n}" if cluster.k1 and n > 2 else "give more images"
+        faults.append(Fault(f"B has {n} images: {e.what}", remedy))
+    if kind == "refined" and n < config.lower:
+        faults.append(Fault(f"{flag('lower')} is {config.lower}, but B has only {n} images", "lower it, or give more images"))
+    return faults
+
+# %% ../../nbs/runs/04_pipeline.ipynb #869c3a03
+def _mixed_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
+    "Stages 2 and 3 with more identities in a batch than A and B together can have."
+    method, faults = METHODS[config.method], []
+    if method.labels == "adapted" or inputs.synthetic is None: return []
+    sizes = [_count_identities(inputs.synthetic)] if method.synthetic else []
+    for domain in np.unique(inputs.real_domain) if method.labels != "none" and inputs.real is not None else ():
+        rows = inputs.real_domain == domain
+        known = {"true": len(np.unique(inputs.real.records.pid[rows])), "refined": int(rows.sum()) // config.lower}
+        sizes.append(known.get(method.labels, int(rows.sum())))
+    for section in ("stage2", "stage3") if method.loss else ("stage2",):
+        c = getattr(config, section)
+        if c.balance == "union":
+            faults += _too_few(config, section, c.p, sum(sizes), "the union")
+        else:
+            for i, there in enumerate(sizes):
+                each = c.p // len(sizes) + (i < c.p % len(sizes))
+                faults += _too_few(config, section, each, there, "A" if method.synthetic and i == 0 else "B")
+    return faults
+
+# %% ../../nbs/runs/04_pipeline.ipynb #26102da0
+def size_faults(
+    config: RunConfig,  # validated
+    inputs: Inputs,     # what was read
+) -> list[Fault]:
+    "The settings for which the sets are too small."
+    faults = _synthetic_size_faults(config, inputs)
+    if inputs.real is not None: faults += _real_size_faults(config, inputs)
+    return list(dict.fromkeys(faults or _mixed_size_faults(config, inputs)))
+
 # %% ../../nbs/runs/04_pipeline.ipynb #4371abc6
 def run(
     config: RunConfig,
@@ -289,6 +367,7 @@ def run(
     init_distributed(config.device)
     config, home = validate_config(config), run_folder(config)
     inputs = read_inputs(config)
+    raise_faults(size_faults(config, inputs))
     record = config_record(config, inputs)
     with locked(home):
         stages, evaluations = plan_run(config, inputs, home)
@@ -320,6 +399,7 @@ def make_labels(
     init_distributed(config.device)
     config, home = validate_config(config), run_folder(config)
     inputs = read_inputs(config, ("synthetic", "real"))
+    raise_faults(size_faults(config, inputs))
     record = config_record(config, inputs)
     with locked(home):
         stages = [s for s in plan_stages(config, inputs, home) if s.name in ("stage0", "stage1", "stage1/refined")]

@@ -4,20 +4,27 @@
 
 # %% auto #0
 __all__ = ['RESULT_NEUTRAL', 'PAPER_SETTINGS', 'TRAINING_SECTIONS', 'INHERITED', 'SMALL_STAGE1', 'SMALL_SETTINGS',
-           'BACKBONE_SETTINGS', 'METHODS', 'DEFAULT_METHODS', 'TINY_DOMAIN', 'TINY_SETTINGS', 'META_KEYS',
-           'InputConfig', 'RunConfig', 'run_folder', 'check_choice', 'backbone_settings', 'configure', 'Method',
-           'check_run_name', 'dataset_specs', 'inherit_settings', 'validate_config', 'load_config']
+           'BACKBONE_SETTINGS', 'METHODS', 'DEFAULT_METHODS', 'SHARE', 'BELOW_ONE', 'COUNT', 'WEIGHT',
+           'TRAINING_RANGES', 'WORLD_RANGES', 'RANGES', 'ORDERED', 'MOST_STEPS', 'TINY_DOMAIN', 'TINY_SETTINGS',
+           'META_KEYS', 'InputConfig', 'RunConfig', 'run_folder', 'check_choice', 'backbone_settings', 'configure',
+           'Method', 'check_run_name', 'dataset_specs', 'inherit_settings', 'Range', 'setting_range', 'Fault',
+           'numeric_settings', 'range_faults', 'raise_faults', 'setting_faults', 'validate_config', 'load_config']
 
 # %% ../../nbs/runs/00_settings.ipynb #11d32f2f
 import difflib
-from dataclasses import dataclass, field
+import importlib.util
+import os
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Iterable, Literal
+from typing import Any, Callable, Iterable, Literal, NamedTuple
 
-from ..core import DomainMixError, pick_device, with_overrides
-from ..files import load_json
+import torch
+
+from ..core import DomainMixError, flag, later_setting, pick_device, with_overrides
+from ..files import load_json, own_file
 from ..world import WorldConfig
-from ..bodies import BackboneConfig
+from ..bodies import BackboneConfig, _build_body, _check_body_config
+from ..backbone import _average_map
 from ..spcl import SpCLConfig
 from ..schedule import DomainConfig, TrainConfig
 from ..baselines.labellers import LABELLERS
@@ -47,6 +54,8 @@ class InputConfig:
     channels_last: Literal["auto", "on", "off"] = "auto"  # channels of a pixel side by side in memory; auto: on
     fused: Literal["auto", "on", "off"] = "auto"  # Adam in one pass over memory; auto: on where torch supports it
     data: str = "data"            # folder of runs/, of the world and of the decoded images
+    # keep what more epochs of a finished stage could continue from: with schedule step, about 3 times the weights
+    keep_state: bool = later_setting(True)
 
 # %% ../../nbs/runs/00_settings.ipynb #99b8a8f7
 @dataclass
@@ -70,7 +79,7 @@ class RunConfig(InputConfig):
     world: WorldConfig = field(default_factory=WorldConfig)      # the embedded world, for a data set called world
 
 # %% ../../nbs/runs/00_settings.ipynb #293c3477
-RESULT_NEUTRAL = ("run", "data", "device", "version", "update", "fresh")  # settings that change no result
+RESULT_NEUTRAL = ("run", "data", "device", "version", "update", "fresh", "keep_state")  # settings that change no result
 
 # %% ../../nbs/runs/00_settings.ipynb #def0ed2d
 def run_folder(config: RunConfig) -> Path:
@@ -222,7 +231,7 @@ def _check_architecture(config: RunConfig) -> None:
     if config.net.name == config.backbone: return
     raise DomainMixError(
         f"the backbone is {config.backbone!r}, but net.name is {config.net.name!r}",
-        f"choose it by --backbone, or configure(backbone={config.net.name!r}): this also chooses its settings",
+        f"choose it by {flag('backbone')}, or configure(backbone={config.net.name!r}): this also chooses its settings",
     )
 
 # %% ../../nbs/runs/00_settings.ipynb #8a93b350
@@ -237,7 +246,7 @@ def _check_method(config: RunConfig, method: Method, labeller: str) -> None:
     if config.labeller not in (labeller, RunConfig().labeller):
         raise DomainMixError(
             f"method {config.method!r} uses the labeller {labeller!r}, but labeller is {config.labeller!r}",
-            "leave --labeller out",
+            f"leave {flag('labeller')} out",
         )
 
 # %% ../../nbs/runs/00_settings.ipynb #61b2644f
@@ -248,23 +257,214 @@ def _check_real_sets(config: RunConfig) -> None:
         raise DomainMixError(f"a real set is given twice: {', '.join(config.real)}", "give each set once")
     if config.method != "only-a" and not specs:
         raise DomainMixError(
-            f"method {config.method!r} needs real images, but `real` is not given",
-            "give --real folder:DIR (or market1501:DIR, ..., world), or --method only-a",
+            f"method {config.method!r} needs real images, but none are given",
+            f"give {flag('real')} folder:DIR (or market1501:DIR, ..., world), or {flag('method')} only-a",
         )
+
+# %% ../../nbs/runs/00_settings.ipynb #a334da5c
+class Range(NamedTuple):
+    "The values that a number may have."
+    low: float
+    high: float
+    open_low: bool = False    # is `low` itself not allowed?
+    open_high: bool = False   # is `high` itself not allowed?
+
+    def contains(self, value: float) -> bool:
+        "Is `value` in the range? NaN and infinity are in none."
+        low = value > self.low if self.open_low else value >= self.low
+        return low and (value < self.high if self.open_high else value <= self.high)
+
+    def words(self) -> str:
+        "What to give instead."
+        low, high = (f"{v:,}".replace(",", "") for v in (self.low, self.high))
+        return f"give a number {'above' if self.open_low else 'from'} {low} {'to below' if self.open_high else 'to'} {high}"
+
+# %% ../../nbs/runs/00_settings.ipynb #e287e308
+SHARE, BELOW_ONE, COUNT, WEIGHT = Range(0, 1), Range(0, 1, open_high=True), Range(1, 10**6), Range(0, 10**6)
+TRAINING_RANGES = {
+    "epochs": Range(1, 10**5), "pretrain.epochs": Range(0, 10**5), "iterations": COUNT,
+    "p": Range(2, 4096), "spcl.p": Range(1, 4096), "k": Range(2, 4096), "spcl.k": Range(1, 4096),
+    "lr": Range(0, 10, True), "disc_lr": Range(0, 10, True), "weight_decay": Range(0, 10), "milestones": Range(0, 10**5),
+    "warmup": Range(0, 10**5), "lambda_id": WEIGHT, "lambda_m": WEIGHT, "smoothing": BELOW_ONE,
+    "temperature": Range(0, 1000, True), "margin": Range(0, 1000), "ema": BELOW_ONE, "mmt.ema": Range(0, 1, True, True),
+    "samples_per_bn": Range(2, 10**5), "ratio": COUNT, "momentum": SHARE, "soft_id": SHARE, "soft_triplet": SHARE,
+    "cluster.k1": Range(2, 10**4), "cluster.k2": Range(1, 10**4), "cluster.eps": Range(0, 1, True, True),
+    "cluster.eps_gap": BELOW_ONE, "cluster.min_samples": Range(1, 10**5),
+    "augment.flip": SHARE, "augment.erase": SHARE, "augment.pad": Range(0, 4096),
+    "augment.erase_area": Range(0, 1, True), "augment.erase_aspect": Range(0, 1000, True),
+}
+
+# %% ../../nbs/runs/00_settings.ipynb #65ac62f3
+WORLD_RANGES = {
+    "world.seed": Range(-2**63, 2**63), "held_out": BELOW_ONE, "world.height": Range(16, 4096), "world.width": Range(8, 4096),
+    "ids": COUNT, "cameras": Range(1, 10**4), "scenes": Range(1, 10**4), "cameras_per_id": Range(1, 10**4),
+    "images_per_camera": Range(1, 10**4), "blur": Range(-100, 100),
+    **dict.fromkeys(("passers_by", "summer", "matching", "look_alikes", "saturation_loss", "occluder", "clutter",
+                     "bystanders"), SHARE),
+    **dict.fromkeys(("exposure", "cast", "gamma", "noise", "vignette", "light", "crop"), Range(0, 100)),
+}
+RANGES = {
+    "seed": Range(-2**63, 2**63), "height": Range(1, 4096), "width": Range(1, 4096),
+    "lower": COUNT, "upper": Range(1, 10**9), "net.width": Range(8, 512), "net.stripes": Range(1, 256),
+    "net.last_stride": Range(1, 2), **TRAINING_RANGES, **WORLD_RANGES,
+}
+
+# %% ../../nbs/runs/00_settings.ipynb #d591f47a
+def setting_range(
+    name: str,      # dotted, such as stage2.lr
+) -> Range | None:  # None: it is no number
+    "The range of a setting."
+    parts = name.split(".")
+    return next((RANGES[end] for i in range(len(parts)) if (end := ".".join(parts[i:])) in RANGES), None)
+
+# %% ../../nbs/runs/00_settings.ipynb #86fc8360
+class Fault(NamedTuple):
+    "A setting that cannot be used."
+    what: str
+    remedy: str
+
+# %% ../../nbs/runs/00_settings.ipynb #79af56c9
+def numeric_settings(
+    config: Any,       # a dataclass instance, nested
+    prefix: str = "",  # of the names
+) -> dict[str, tuple]:
+    "The numbers of every numeric setting that has a value, by its dotted name."
+    found = {}
+    for field_ in fields(config):
+        name, value = prefix + field_.name, getattr(config, field_.name)
+        if is_dataclass(value):
+            found |= numeric_settings(value, name + ".")
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        if values and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+            found[name] = tuple(values)
+    return found
+
+# %% ../../nbs/runs/00_settings.ipynb #76caf524
+def range_faults(config: Any) -> list[Fault]:
+    "The numbers that are outside of their range."
+    faults = []
+    for name, values in numeric_settings(config).items():
+        allowed = setting_range(name)
+        if allowed is not None and not all(map(allowed.contains, values)):
+            said = values[0] if len(values) == 1 else values
+            faults.append(Fault(f"{flag(name)} is {said}", allowed.words()))
+    return faults
+
+# %% ../../nbs/runs/00_settings.ipynb #23b4f402
+ORDERED = ("erase_area", "erase_aspect", "cameras_per_id", "images_per_camera", "blur")   # pairs: the least, the most
+
+# %% ../../nbs/runs/00_settings.ipynb #f116f7d0
+def _order_faults(config: RunConfig) -> list[Fault]:
+    "Pairs whose first number is larger than the second, and Eq. (1) with lower above upper."
+    faults = [Fault(f"{flag(name)} is {values}", "give the least, and then the most")
+              for name, values in numeric_settings(config).items()
+              if name.split(".")[-1] in ORDERED and not values[0] <= values[-1]]
+    if config.lower > config.upper:
+        faults.append(Fault(f"{flag('lower')} is {config.lower}, but {flag('upper')} is {config.upper}",
+                            "give a lower bound that is not above the upper one"))
+    for name, style in (("a", config.world.a), ("b", config.world.b), ("c", config.world.c)):
+        if style.cameras_per_id[-1] > style.cameras:
+            faults.append(Fault(f"{flag(f'world.{name}.cameras_per_id')} is {style.cameras_per_id}, with "
+                                f"{style.cameras} cameras", f"lower it, or raise {flag(f'world.{name}.cameras')}"))
+    return faults
+
+# %% ../../nbs/runs/00_settings.ipynb #d3ae341c
+def _cluster_faults(config: RunConfig) -> list[Fault]:
+    "Settings of the clustering of stage 1 that contradict each other, or need a package that is missing."
+    faults = []
+    for section in LABELLERS:
+        c, name = getattr(config, section).cluster, f"{section}.cluster"
+        if not c.eps - c.eps_gap > 0 or not c.eps + c.eps_gap < 1:
+            faults.append(Fault(f"{flag(f'{name}.eps')} is {c.eps}, with {flag(f'{name}.eps_gap')} {c.eps_gap}",
+                                "keep eps - eps_gap above 0, and eps + eps_gap below 1"))
+        if c.neighbours == "faiss" and section == config.labeller and importlib.util.find_spec("faiss") is None:
+            faults.append(Fault(f"{flag(f'{name}.neighbours')} is faiss, but faiss is not installed",
+                                "pip install faiss-cpu, or leave the setting at auto"))
+    return faults
+
+# %% ../../nbs/runs/00_settings.ipynb #4b250413
+MOST_STEPS = 10**8   # of one stage: their learning rates are computed before it starts
+
+# %% ../../nbs/runs/00_settings.ipynb #774b5eb9
+def _length_faults(config: RunConfig) -> list[Fault]:
+    "Stages that are too long, or without a step for the backbone."
+    faults = []
+    for section in TRAINING_SECTIONS:
+        c = getattr(config, section)
+        if 0 < c.epochs * c.iterations > MOST_STEPS:
+            faults.append(Fault(f"{flag(f'{section}.epochs')} x {flag(f'{section}.iterations')} is "
+                                f"{c.epochs * c.iterations:,} steps", f"give at most {MOST_STEPS:,}"))
+    c = config.stage3
+    if METHODS[config.method].loss and c.alternate != "iteration" and c.epochs == 1 and c.loss not in ("none", "reverse"):
+        if c.alternate == "epoch":
+            faults.append(Fault(f"{flag('stage3.epochs')} is 1, and the only epoch is for the discriminator",
+                                "give an even number: half of the epochs are for the discriminator"))
+    return faults
+
+# %% ../../nbs/runs/00_settings.ipynb #93cf4301
+def _image_size_faults(config: RunConfig) -> list[Fault]:
+    "Images that the network cannot take, found with shapes alone."
+    if config.net.name.startswith("timm:"): return []    # such a network is built and tried when it is opened
+    try:
+        with torch.device("meta"), torch.no_grad():
+            maps = _build_body(config.net, 0)[0].eval()(torch.zeros(1, 3, config.height, config.width))
+            _average_map(maps, 1 if config.net.parts else config.net.stripes)
+    except DomainMixError as e:
+        return [Fault(f"{flag('height')} {config.height}, {flag('width')} {config.width}: {e.what}", e.remedy)]
+    except RuntimeError as e:
+        return [Fault(f"{flag('height')} {config.height}, {flag('width')} {config.width} do not suit the backbone "
+                      f"{config.net.name}", f"give larger images ({str(e).splitlines()[0][:100]})")]
+    return []
+
+# %% ../../nbs/runs/00_settings.ipynb #c9f9ca43
+def _weights_faults(config: RunConfig) -> list[Fault]:
+    "A file of weights that does not exist."
+    weights = config.net.weights
+    if weights in ("none", "imagenet") or os.path.isfile(weights): return []
+    return [Fault(f"{flag('net.weights')} is {weights!r:.80}, and there is no such file", "give none, imagenet, or a file")]
+
+# %% ../../nbs/runs/00_settings.ipynb #0e119889
+def raise_faults(faults: list[Fault]) -> None:
+    "One error for all faults; nothing if there is none."
+    if len(faults) == 1: raise DomainMixError(*faults[0])
+    if faults:
+        lines = "\n     ".join(f"{what}: {remedy}" for what, remedy in faults)
+        raise DomainMixError(f"{len(faults)} settings cannot be used:\n     {lines}", "correct them; nothing was trained")
+
+# %% ../../nbs/runs/00_settings.ipynb #8b747816
+def _caught(check: Callable, *arguments: Any) -> list[Fault]:
+    "The error of a check as a fault."
+    try: check(*arguments)
+    except DomainMixError as e: return [Fault(e.what, e.remedy)]
+    return []
+
+# %% ../../nbs/runs/00_settings.ipynb #cca3c291
+def setting_faults(
+    config: RunConfig,
+) -> list[Fault]:
+    "Everything in the settings that cannot be used, as far as it can be known before data is read."
+    method = METHODS[config.method]
+    labeller = method.labeller or config.labeller
+    checks = ((_check_architecture, config), (_check_method, config, method, labeller), (_check_real_sets, config),
+              (check_run_name, config.run), (pick_device, config.device),
+              (check_choice, config.precision, ("auto", "bf16", "fp32"), "precision"))
+    faults = [fault for check in checks for fault in _caught(*check)]
+    outside = range_faults(config)
+    between = [*_order_faults(config), *_cluster_faults(config), *_length_faults(config), *_weights_faults(config)]
+    named = " ".join(fault.what for fault in outside)     # a number that is wrong by itself is not reported twice
+    faults += outside + [f for f in between if f.what.split(" is ")[0] not in named]
+    if not outside: faults += _caught(_check_body_config, config.net) or _image_size_faults(config)
+    return faults
 
 # %% ../../nbs/runs/00_settings.ipynb #13d71ac8
 def validate_config(
     config: RunConfig,  # as a person gave it
 ) -> RunConfig:
-    "The config with its stages filled in from its top-level settings; settings that contradict each other are refused."
+    "The config with its stages filled in from its top-level settings; all settings that cannot be used are refused."
     backbone_settings(config.backbone)
     method = METHODS[check_choice(config.method, METHODS, "method")]
+    raise_faults(setting_faults(config))
     labeller = method.labeller or config.labeller
-    _check_architecture(config)
-    _check_method(config, method, labeller)
-    _check_real_sets(config)
-    check_run_name(config.run)
-    pick_device(config.device)
     filled_in = {"labeller": labeller, "stage3.loss": method.loss or config.stage3.loss}
     return with_overrides(inherit_settings(config), filled_in)
 
@@ -305,7 +505,7 @@ def load_config(
     backbone: str | None = None, # replaces the file's backbone
 ) -> tuple[RunConfig, dict]:
     "The run that a file describes, and what the file holds besides settings."
-    values = load_json(path)
+    with own_file(path): values = load_json(path)
     if not isinstance(values, dict):
         raise DomainMixError(f"{path} contains no settings", 'write them as {"real": "folder:DIR", ...}')
     other = {} if backbone is None else {"backbone": backbone}
@@ -315,6 +515,6 @@ def load_config(
     if other and config.net.name != backbone:  # a run's config.json holds every setting of its own backbone
         raise DomainMixError(
             f"{path} has all settings of the backbone {config.net.name!r}, but {backbone!r} was requested",
-            "drop --backbone, or take net out of the file",
+            f"drop {flag('backbone')}, or take net out of the file",
         )
     return config, _meta_values(values, path)

@@ -16,15 +16,16 @@ from typing import Any, Callable
 import numpy as np
 import torch
 
-from ..core import DomainMixError, fingerprint, from_dict, generator, pick_device, to_dict
+from ..core import DomainMixError, fingerprint, flag, from_dict, generator, pick_device, to_dict
 from domainmix.files import (
-    Log, load_dict, load_weights, save_json, save_weights, weights_metadata, wrap_read_errors, write_atomic,
+    Log, load_dict, load_weights, own_file, save_json, save_weights, weights_metadata, wrap_read_errors, write_atomic,
 )
 from ..distributed import call_on_rank0
 from ..records import relabel
 from ..batches import ImageStack, TrainSet, train_set, union
 from ..bodies import BackboneConfig
-from ..backbone import ReIDNet, build_backbone, load_backbone
+from ..weights import read_weights, weights_header
+from ..backbone import ReIDNet, build_backbone, fitting_backbones, load_backbone, load_other_net
 from ..loading import embed_images
 from ..pseudolabel import PseudoLabels, outliers_as_classes, load_labels, pseudo_labels, refine, save_labels
 from ..training import train, train_invariant
@@ -54,17 +55,25 @@ def _image_size(header: dict) -> list[int | None]:
     if all(v is None or (type(v) is int and 1 <= v <= 4096) for v in size): return size
     raise ValueError(f"its images are of {size[0]!r:.20} x {size[1]!r:.20}")
 
+# %% ../../nbs/runs/03_stages.ipynb #79f784e0
+def _no_architecture_error(path: Path) -> DomainMixError:
+    "The error for a file of another program whose architecture was not given."
+    names = fitting_backbones(read_weights(path).tensors)
+    return DomainMixError(f"{path} does not say which architecture it has",
+                          f"give it with {flag('backbone')}{'; it fits ' + ' or '.join(names) if names else ''}")
+
 # %% ../../nbs/runs/03_stages.ipynb #9fcede28
 def load_net(
-    path: str | Path,                  # a stage's folder, or a .safetensors file
+    path: str | Path,                  # a stage's folder, or a file of weights of this kit or another toolbox
     net: BackboneConfig | None = None, # the architecture, for files that do not say; None: as the file says
-) -> tuple[ReIDNet, int, int]:
-    "The network, and the height and width of its images."
+) -> tuple[ReIDNet, int | None, int | None]:
+    "The network, and the height and width of its images; None where the file does not say."
     path = Path(path)/"model.safetensors" if Path(path).is_dir() else Path(path)
-    header = weights_metadata(path)
-    if net is None and "backbone" not in header:
-        raise DomainMixError(f"{path} does not say which architecture it has", "give it, with --backbone and --net.*")
-    with wrap_read_errors(path):
+    header = weights_header(path)
+    if "backbone" not in header:
+        if net is None: raise _no_architecture_error(path)
+        return load_other_net(net, path)[0], None, None
+    with contextlib.nullcontext() if (path.parent/"stage.json").is_file() else own_file(path), wrap_read_errors(path):
         size = _image_size(header)
         try: net = load_backbone(net or from_dict(BackboneConfig, header["backbone"]), load_weights(path))
         except DomainMixError as e: raise e if str(path) in e.what else e.with_message(f"{path}: {e.what}") from e
@@ -189,8 +198,8 @@ def refine_labels(
     t = load_labels(Path(start)/"labels.npz")
     try: label = call_on_rank0(lambda: refine(t.before, config.lower, config.upper))
     except DomainMixError as e:
-        remedy = (f"set --lower below {config.lower}, or --upper above {config.upper}, "
-                  f"or use more epochs of stage 1 (--{config.labeller}.epochs)")
+        remedy = (f"set {flag('lower')} below {config.lower}, or {flag('upper')} above {config.upper}, "
+                  f"or use more epochs of stage 1 ({flag(f'{config.labeller}.epochs')})")
         raise e.with_message(e.what, remedy) from e
     return save_labels(Path(folder)/"labels.npz", PseudoLabels(t.path, t.camera, label, t.before, t.reliable))
 
@@ -205,7 +214,7 @@ def choose_labels(
     if kind == "initial": return outliers_as_classes(table.before)
     if truth is None:
         raise DomainMixError(
-            "this method needs true labels of the real images, but they have none", "choose another --method",
+            "this method needs true labels of the real images, but they have none", f"choose another {flag('method')}",
         )
     return np.unique(truth, return_inverse=True)[1].astype(np.int64)
 

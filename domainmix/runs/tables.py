@@ -20,19 +20,19 @@ from typing import Callable
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..core import DomainMixError, from_dict, with_overrides
+from ..core import DomainMixError, flag, from_dict, with_overrides
 from ..files import load_json, locked, save_json
 from ..distributed import call_on_rank0, init_distributed
 from ..schedule import DomainConfig
 from ..baselines.labellers import LABELLERS
 from domainmix.runs.settings import (
     BACKBONE_SETTINGS, DEFAULT_METHODS, METHODS, RunConfig, check_choice, check_run_name, configure, dataset_specs,
-    inherit_settings, run_folder, validate_config,
+    inherit_settings, raise_faults, run_folder, validate_config,
 )
 from .inputs import Inputs, read_inputs
 from .folder import Stage, config_record, prepare_run_folder
 from .stages import rewrite_net_headers
-from .pipeline import COLUMNS, SCORES, plan_run, run_metrics, stage_progress
+from .pipeline import COLUMNS, SCORES, plan_run, run_metrics, size_faults, stage_progress
 
 # %% ../../nbs/runs/05_tables.ipynb #5f974aeb
 def mean_and_std(values: Iterable[float]) -> tuple[float, float | None] | None:
@@ -118,7 +118,7 @@ def _row_configs(base: RunConfig, methods: tuple, seeds: tuple) -> list[RunConfi
     if not methods or not seeds:
         raise DomainMixError(
             f"a table needs methods and seeds: {len(methods)} and {len(seeds)} are given",
-            "give one or more of each, with --methods and --seeds",
+            f"give one or more of each: {flag('methods')}, {flag('seeds')}",
         )
     base, loss = inherit_settings(base), DomainConfig().loss  # each method sets its own loss
     changes = [{"method": m, "seed": s, "stage3.loss": loss} for s in seeds for m in methods]
@@ -139,6 +139,11 @@ def _do_row(
         if not keep_going: raise
         return {"method": config.method, "seed": config.seed, **dict.fromkeys(SCORES), "error": str(e)}
 
+# %% ../../nbs/runs/05_tables.ipynb #96874ec3
+def _check_sizes(configs: list[RunConfig], inputs: Inputs) -> None:
+    "Refuse sets that are too small for a row of the table."
+    raise_faults(list(dict.fromkeys(fault for config in configs for fault in size_faults(config, inputs))))
+
 # %% ../../nbs/runs/05_tables.ipynb #a678be8c
 def run_methods(
     base: RunConfig,                          # its method and seed are replaced
@@ -153,6 +158,7 @@ def run_methods(
     init_distributed(base.device)
     configs, home, rows = _row_configs(base, methods, seeds), run_folder(base), []
     inputs = read_inputs(configs[-1])
+    if not keep_going: _check_sizes(configs, inputs)
     record = config_record(inherit_settings(base), inputs, methods=list(methods), seeds=list(seeds))
     with locked(home):
         plans = [(c, *plan_run(c, inputs, home/f"seed{c.seed}", shared=True)) for c in configs]
@@ -274,7 +280,7 @@ def check_datasets_exist(
     raise DomainMixError(
         f"preset {name} needs " + "; ".join(missing) + ": no such folder",
         "data/README.md says where to get each set and how to unpack it; "
-        "if it lies elsewhere, name it with --synthetic, --real, --target",
+        f"if it lies elsewhere, name it with {flag('synthetic')}, {flag('real')}, {flag('target')}",
     )
 
 # %% ../../nbs/runs/05_tables.ipynb #af812502

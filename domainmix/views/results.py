@@ -313,7 +313,7 @@ def _planned_stage3(
     planned = plan_stages(config, inputs, r.store, shared="methods" in r.meta)[-1]
     if r.stage(planned.name).key != planned.key:
         raise DomainMixError(f"{planned.name} of {r.home.name} does not agree with its config.json",
-                             "continue the run with --update, and try again")
+                             "continue it by domainmix run with --update, and try again")
     return config, inputs, planned
 
 # %% ../../nbs/views/04_results.ipynb #d8cd88ec
