@@ -34,7 +34,7 @@ from .files import save_json
 from .images import normalise
 from .inference import find_net, model_settings, open_net, write_features
 from .norms import IBN, from_domain_bn
-from .runs.inputs import decode_split
+from .runs.inputs import decode_dataset, tell_read
 from .runs.settings import RunConfig, check_choice, configure
 from .runs.stages import feature_options
 
@@ -391,6 +391,8 @@ def embed_onnx(
     "Write and return the features of all images of a data set, float32 (N, D), of length one, by onnxruntime."
     model = open_onnx(path)
     decoding = configure(height=model.height, width=model.width, skip_bad=skip_bad, data=str(data))
-    parts = [decode_split(records, decoding) for records in read_dataset(images).splits.values()]
+    dataset = read_dataset(images, need=())
+    tell_read("", images, dataset.splits)
+    parts = decode_dataset(dataset, decoding)
     features = np.concatenate([model(part.images.numpy(), batch) for part in parts])
     return write_features(out, features, parts)

@@ -6,9 +6,10 @@
 __all__ = ['CHECKSUM_BLOCK', 'BLOCKS_PER_TASK', 'MEAN', 'STD', 'decode_files', 'unreadable_images_text', 'size_and_time',
            'content_key', 'block_checksums', 'checksums', 'cache_index', 'cache_intact', 'open_cache', 'allocate_npy',
            'drop_images', 'fill_cache', 'load_from_cache', 'report_unreadable', 'warn_of_blank', 'decode_images',
-           'load_images', 'normalise']
+           'load_images', 'middle_rows', 'file_digest', 'find_same_files', 'normalise']
 
 # %% ../nbs/15_images.ipynb #192f76bc
+import hashlib
 import os
 import warnings
 import zlib
@@ -294,6 +295,47 @@ def load_images(
 ) -> tuple[torch.Tensor, Records]:
     "The images as uint8 (N, 3, height, width), decoded once, and the records of those that can be read."
     return decode_images(records, height, width, cache, skip_bad, aspect=aspect)[:2]
+
+# %% ../nbs/15_images.ipynb #97ee55cf
+def middle_rows(
+    images: torch.Tensor,  # uint8 (N, 3, H, W)
+) -> list[bytes]:
+    "The middle row of pixels of each image."
+    height = images.shape[2]
+    if isinstance(images, torch.Tensor):
+        rows = images[:, :, height // 2]
+    else:  # a stack of several arrays
+        rows = torch.cat([images[i:i + 1024][:, :, height // 2] for i in range(0, len(images), 1024)])
+    return [row.tobytes() for row in rows.flatten(1).cpu().numpy()]
+
+# %% ../nbs/15_images.ipynb #86520eda
+def file_digest(
+    file: str,  # a path
+) -> bytes | None:
+    "A hash of the content of a file; None if it cannot be read."
+    try:
+        with open(file, "rb") as f:
+            return hashlib.blake2b(f.read(), digest_size=16).digest()
+    except (OSError, ValueError):
+        return None
+
+# %% ../nbs/15_images.ipynb #2a3199e6
+def find_same_files(
+    first: Records,               # of N images
+    first_images: torch.Tensor,   # uint8 (N, 3, H, W), decoded from their files
+    second: Records,              # of M images
+    second_images: torch.Tensor,  # uint8 (M, 3, H, W)
+) -> np.ndarray:                  # int64 (P, 2), indices into both
+    "The pairs of images, one of each side, whose files are the same byte for byte."
+    rows, other_rows, by_content = middle_rows(first_images), middle_rows(second_images), {}
+    shared = set(rows) & set(other_rows)
+    for j, (row, file) in enumerate(zip(other_rows, second.files())):
+        if row in shared:
+            by_content.setdefault(file_digest(file), []).append(j)
+    by_content.pop(None, None)
+    pairs = [(i, j) for i, (row, file) in enumerate(zip(rows, first.files())) if row in shared
+             for j in by_content.get(file_digest(file), ())]
+    return np.array(pairs, np.int64).reshape(-1, 2)
 
 # %% ../nbs/15_images.ipynb #b83f3dd2
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))

@@ -26,7 +26,7 @@ from .files import save_weights, weights_metadata, write_atomic
 from .images import apply_exif_rotation, decode_files, read_error_text, to_rgb, unreadable_images_text
 from .metric import learn_metric
 from .records import find_images, printable
-from .runs.inputs import Split, decode_split, read_inputs
+from .runs.inputs import Split, decode_dataset, read_inputs, tell_read
 from .runs.settings import METHODS, RunConfig, check_choice, configure, load_config
 from .runs.stages import feature_options, load_net, measure_ranking
 
@@ -306,7 +306,9 @@ def embed_to_file(
     net, height, width = open_net(model, config, data)
     options = feature_options(model_settings(model, data, feature=feature, flip=flip, device=device))
     decoding = configure(height=height, width=width, skip_bad=skip_bad, data=data)
-    parts = [decode_split(records, decoding) for records in read_dataset(images).splits.values()]
+    dataset = read_dataset(images, need=())
+    tell_read("", images, dataset.splits)
+    parts = decode_dataset(dataset, decoding)
     features = np.concatenate([extract_features(net, part.images, **options) for part in parts])
     return write_features(out, features, parts)
 
