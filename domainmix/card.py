@@ -23,6 +23,7 @@ from .backbone import ReIDNet, n_parameters
 from .core import DomainMixError, to_dict
 from .files import load_dict, load_json, weights_metadata
 from .images import MEAN, STD
+from .pixels import FILL
 from .inference import containing_run, find_net, model_name
 from .layouts import LAYOUTS
 from .readers import leaves_folder
@@ -230,13 +231,15 @@ LIMITS = [
 def card_input(
     height: int,  # rows
     width: int,  # columns
+    aspect: str = "stretch",  # or letterbox
 ) -> dict:
     "How an image becomes input."
     mean, std = ([round(v, 6) for v in t.flatten().tolist()] for t in (MEAN, STD))
-    resize = f"the upright crop to {height} rows x {width} columns, bicubic (Pillow), without regard to its aspect"
+    how = {"stretch": "without regard to its aspect", "letterbox": f"its aspect kept, the rest filled with {FILL}"}
+    resize = f"the upright crop to {height} rows x {width} columns, bicubic (Pillow), {how[aspect]}"
     normalisation = {"where": "inside the graph: give bytes, 0 to 255", "mean": mean, "std": std}
     return {"name": "images", "type": "uint8", "shape": ["batch", 3, height, width], "colour_order": "RGB",
-            "resize": resize, "normalisation": normalisation}
+            "aspect": aspect, "resize": resize, "normalisation": normalisation}
 
 # %% ../nbs/61_card.ipynb #ede4d069
 def card_output(
@@ -285,7 +288,7 @@ def make_card(
     about, learned = (load_json(home/"config.json"), trained_roles(path.parent)) if home else ({}, None)
     return {
         "name": model_name(path),
-        "input": card_input(height, width),
+        "input": card_input(height, width, feature_config.aspect),
         "output": card_output(net, feature_config),
         "network": card_network(path, net),
         "data": card_data(run_config, about, learned) if home else None,

@@ -14,6 +14,7 @@ from . import __version__
 from .commands import COMMANDS, CompareCommand, TableCommand
 from .core import DomainMixError
 from .pipeline import report_errors
+from .runs.inputs import reading_aloud
 from .runs.settings import RunConfig, configure, load_config
 from .runs.tables import DEMO, DEMO_SEEDS, preset_settings
 
@@ -141,7 +142,8 @@ def run_command(
 ) -> None:
     "Parse a command and do it."
     action, args = parse_command(argv)
-    action(args)
+    with reading_aloud():
+        action(args)
 
 # %% ../nbs/80_cli.ipynb #68ea4a4a
 def main(

@@ -7,7 +7,7 @@ __all__ = ['EXPORT_FORMATS', 'PARITY_BATCHES', 'SplitNorm', 'to_standard_layers'
            'export_program', 'write_torch', 'open_torch', 'write_onnx', 'OnnxModel', 'start_onnxruntime', 'open_onnx',
            'ExportFormat', 'structured_shapes', 'parity_images', 'output_differences', 'check_parity',
            'check_new_folder', 'output_folder', 'exporter_errors', 'export_formats', 'required_packages',
-           'write_checked', 'export', 'embed_onnx']
+           'write_checked', 'export', 'exported_aspect', 'embed_onnx']
 
 # %% ../nbs/62_deploy.ipynb #5725cdc3
 import contextlib
@@ -30,7 +30,7 @@ from .card import make_card, package_versions
 from .core import DomainMixError, generator
 from .datasets import read_dataset
 from .evaluation import extract_features
-from .files import save_json
+from .files import load_json, save_json
 from .images import normalise
 from .inference import find_net, model_settings, open_net, write_features
 from .norms import IBN, from_domain_bn
@@ -380,6 +380,17 @@ def export(
     return card
 
 # %% ../nbs/62_deploy.ipynb #11f74a57
+def exported_aspect(
+    path: str | Path,  # model.onnx, or the folder of an export
+) -> str:
+    "How an exported network wants images of another aspect, as its card says."
+    card = (Path(path) if Path(path).is_dir() else Path(path).parent)/"card.json"
+    try:
+        return load_json(card)["input"]["aspect"]
+    except (DomainMixError, LookupError, TypeError):  # a file without a card, or with one of an earlier version
+        return "stretch"
+
+# %% ../nbs/62_deploy.ipynb #a501b611
 def embed_onnx(
     path: str | Path,  # model.onnx, or the folder of an export
     images: str,  # a data set such as folder:DIR; all splits are used
@@ -390,7 +401,8 @@ def embed_onnx(
 ) -> np.ndarray:
     "Write and return the features of all images of a data set, float32 (N, D), of length one, by onnxruntime."
     model = open_onnx(path)
-    decoding = configure(height=model.height, width=model.width, skip_bad=skip_bad, data=str(data))
+    decoding = configure(height=model.height, width=model.width, skip_bad=skip_bad, data=str(data),
+                         aspect=exported_aspect(path))
     dataset = read_dataset(images, need=())
     tell_read("", images, dataset.splits)
     parts = decode_dataset(dataset, decoding)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['WORLD_ROLES', 'READ_LISTENERS', 'Split', 'concat_splits', 'Inputs', 'decode_split', 'dataset_bits', 'decode_dataset',
            'split_query_gallery', 'pattern_of', 'open_dataset', 'check_split', 'check_has_matches', 'role_splits',
-           'tell_read', 'warn_of_same_files', 'read_inputs']
+           'reading_aloud', 'tell_read', 'warn_of_same_files', 'read_inputs']
 
 # %% ../../nbs/runs/01_inputs.ipynb #a47134e9
+import contextlib
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Callable
 import numpy as np
 import torch
 
-from ..core import DomainMixError, fingerprint
+from ..core import DomainMixError, fingerprint, rank_and_size
 from ..distributed import call_rank0_first
 from ..records import DataSet, Records, dataset_line
 from ..datasets import PATTERN_LAYOUTS, read_dataset, write_world
@@ -209,6 +210,20 @@ def role_splits(dataset: DataSet, role: str) -> dict[str, Records]:
 READ_LISTENERS: list[Callable[[str], None]] = []  # each is called with one line for every data set that is read
 
 # %% ../../nbs/runs/01_inputs.ipynb #c4f9fe25
+@contextlib.contextmanager
+def reading_aloud(
+    say: Callable[[str], None] = print,  # is called with each line
+):
+    "A context in which every data set that is read is said, each once and by the first process."
+    said = set()
+    def listener(line):
+        if line not in said and not rank_and_size()[0]: say(line)
+        said.add(line)
+    READ_LISTENERS.append(listener)
+    try: yield
+    finally: READ_LISTENERS.remove(listener)
+
+# %% ../../nbs/runs/01_inputs.ipynb #d6212def
 def tell_read(
     role: str,                   # what the data set is for
     spec: str,                   # as it was named
