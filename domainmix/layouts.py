@@ -6,7 +6,8 @@
 __all__ = ['FILE_NAME_PATTERNS', 'CAMERAS_PER_SCENE', 'FIRST_CAMERAS', 'LAYOUTS', 'BOX_FOLDERS', 'CUHK_KINDS', 'LIST_FILES',
            'SPLIT_NAMES', 'WHOLE_TRAINING', 'NO_SPLIT', 'match_file_names', 'number_cameras', 'randperson_camera',
            'randperson_scene', 'Layout', 'count_problems', 'camera_problems', 'check_counts', 'name_splits',
-           'split_folders', 'find_dataset_root', 'box_folders', 'looks_like', 'guess_layouts', 'wrong_layout_error']
+           'split_folders', 'has_box_folders', 'find_dataset_root', 'box_folders', 'looks_like', 'guess_layouts',
+           'wrong_layout_error']
 
 # %% ../nbs/12_layouts.ipynb #21f46404
 import itertools
@@ -19,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from .core import DomainMixError
-from .pixels import IMAGE_SUFFIXES
 from .records import DataSet, Records, is_folder, known_ids, list_folder, printable, walk_images
 
 # %% ../nbs/12_layouts.ipynb #fb129817
@@ -107,7 +107,7 @@ LAYOUTS = {
         "beside the folders train and test (V2: mask_train_v2 and mask_test_v2)",
         "MSMT17 is given on request: http://www.pkuvmc.com/publications/msmt17.html",
         dict(train=((32621, 1041),), query=((11659, 3060),), gallery=((82161, 3060),)), 15),
-    "folder": Layout("a folder of images", f"images ({', '.join(IMAGE_SUFFIXES)}) in any sub-folders",
+    "folder": Layout("a folder of images", "images (.jpg, .png, .webp, .tif, .gif and others) in any sub-folders",
         "check the path"),
 }
 
@@ -213,6 +213,11 @@ def _candidate_folders(name: str, folder: Path) -> list[Path]:
     return near
 
 # %% ../nbs/12_layouts.ipynb #3ef611f8
+def has_box_folders(folder: Path) -> bool:
+    "Does `folder` have the folders of Market-1501? A folder query alone is not enough: other layouts have it too."
+    return any((folder/BOX_FOLDERS[s]).exists() for s in ("train", "gallery"))
+
+# %% ../nbs/12_layouts.ipynb #ec84c21c
 def find_dataset_root(
     name: str,     # a layout
     folder: Path,  # the folder that the user gave
@@ -223,18 +228,19 @@ def find_dataset_root(
     near = _candidate_folders(name, folder)
     marks = [f for fs in LIST_FILES.values() for f in fs] if name == "msmt17" else BOX_FOLDERS.values()
     parts = [sum((p/m).exists() for m in marks) for p in near]
-    if any(parts) or name == "msmt17":
-        return near[int(np.argmax(parts))] if any(parts) else None
-    return next((p for p in near if os.access(p, os.R_OK) and "query" in split_folders(p)), None)
+    if name != "msmt17" and not any(has_box_folders(p) for p in near):  # the splits may have other names
+        for p in near:
+            if os.access(p, os.R_OK) and "query" in split_folders(p):
+                return p
+    return near[int(np.argmax(parts))] if any(parts) else None
 
 # %% ../nbs/12_layouts.ipynb #8f83d565
 def box_folders(
     home: Path,  # the folder of a data set in the layout of Market-1501
 ) -> dict[str, list[str]]:
     "The folders of its splits, as they would be called if they are missing."
-    if any((home/folder).exists() for folder in BOX_FOLDERS.values()):
-        return {s: [folder] for s, folder in BOX_FOLDERS.items()}
-    return {s: [folder] for s, folder in BOX_FOLDERS.items()} | split_folders(home)
+    usual = {s: [folder] for s, folder in BOX_FOLDERS.items()}
+    return usual if has_box_folders(home) else usual | split_folders(home)
 
 # %% ../nbs/12_layouts.ipynb #406de985
 def looks_like(

@@ -191,16 +191,21 @@ def has_deep_channels(
     return any(";16" in w for tile in getattr(image, "tile", ()) for w in words(tile) if isinstance(w, str))
 
 # %% ../nbs/09_pixels.ipynb #496f64db
+def _read_deep_png(file: str) -> np.ndarray:
+    "The numbers (H, W, C) of a sixteen-bit PNG, by torchvision."
+    import torch
+    from torchvision.io import ImageReadMode, decode_image
+    values = decode_image(torch.from_numpy(np.fromfile(file, np.uint8)), ImageReadMode.UNCHANGED)
+    return values.permute(1, 2, 0).numpy()  # (C, H, W) -> (H, W, C)
+
+# %% ../nbs/09_pixels.ipynb #cb700b2a
 def _read_deep_channels(image: Image.Image, file: str) -> np.ndarray | None:
     "The numbers (H, W, C) of a file whose channels have sixteen bits; None where no package reads them."
-    if image.format == "PNG":
-        import torch
-        from torchvision.io import ImageReadMode, decode_image
-        content = torch.from_numpy(np.fromfile(file, np.uint8))
-        return decode_image(content, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()  # (C, H, W) -> (H, W, C)
     try:
+        if image.format == "PNG":
+            return _read_deep_png(file)
         values = importlib.import_module("tifffile").imread(file)
-    except Exception:  # not installed, or another kind of TIFF: Pillow's upper eight bits are used
+    except Exception:  # no package, or another kind of file: Pillow's upper eight bits are used, or it says what is wrong
         return None
     return values if values.ndim == 3 and values.shape[2] in (3, 4) else None
 
