@@ -535,6 +535,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                     'domainmix.datasets.read_dataset': ('datasets.html#read_dataset', 'domainmix/datasets.py'),
                                     'domainmix.datasets.read_folder': ('datasets.html#read_folder', 'domainmix/datasets.py'),
                                     'domainmix.datasets.read_pattern': ('datasets.html#read_pattern', 'domainmix/datasets.py'),
+                                    'domainmix.datasets.read_whole': ('datasets.html#read_whole', 'domainmix/datasets.py'),
                                     'domainmix.datasets.splits_of_paths': ('datasets.html#splits_of_paths', 'domainmix/datasets.py'),
                                     'domainmix.datasets.time_limit': ('datasets.html#time_limit', 'domainmix/datasets.py'),
                                     'domainmix.datasets.to_numbers': ('datasets.html#to_numbers', 'domainmix/datasets.py'),

@@ -97,7 +97,9 @@ def merge_repeated_flag(
     return argv if place is None else [*rest[:place], f"--{name}", *values, *rest[place:]]
 
 # %% ../nbs/80_cli.ipynb #dfe8ea23
-FIRST_FLAGS = {"presets": "--word", "tables": "--table", "report": "--run", "look": "--images"}  # may be given without the flag's name
+FIRST_FLAGS = {  # may be given without the flag's name
+    "presets": "--word", "tables": "--table", "report": "--run", "look": "--images",
+}
 
 # %% ../nbs/80_cli.ipynb #e3a50241
 def check_command(

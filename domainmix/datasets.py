@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATTERN_TIMEOUT', 'READERS', 'PATTERN_LAYOUTS', 'to_numbers', 'compile_pattern', 'time_limit', 'match_pattern',
-           'find_split_folders', 'is_left_out', 'splits_of_paths', 'warn_of_folders', 'read_pattern', 'read_folder',
-           'unknown_dataset_error', 'read_dataset', 'write_domain', 'world_folders', 'write_world']
+           'find_split_folders', 'is_left_out', 'splits_of_paths', 'warn_of_folders', 'read_pattern', 'read_whole',
+           'read_folder', 'unknown_dataset_error', 'read_dataset', 'write_domain', 'world_folders', 'write_world']
 
 # %% ../nbs/14_datasets.ipynb #47cf998d
 import contextlib
@@ -146,8 +146,9 @@ def warn_of_folders(
         warnings.warn(f"left out {len(others):,} images in {printable(home)} that lie beside the folders of its splits "
                       f"(in {printable(where)})")
     if sets:
-        warnings.warn(f"{printable(home)} holds several data sets with a test: {', '.join(sets)}. It is read as one folder, "
-                      f"with the test images among the others. Give one of them, such as {printable(home/sets[0])}")
+        warnings.warn(f"{printable(home)} holds several data sets with a test: {', '.join(sets)}. It is read as one "
+                      "folder, with the test images among the others. "
+                      f"Give one of them, such as {printable(home/sets[0])}")
 
 # %% ../nbs/14_datasets.ipynb #2c698f6e
 def read_pattern(
@@ -182,6 +183,16 @@ def _warn_of_layout(home: Path, paths: list[str]) -> None:
                   f"{test}To keep its splits, give a pattern for its file names (--pattern){other}.")
 
 # %% ../nbs/14_datasets.ipynb #c526a173
+def read_whole(
+    home: Path,        # the folder
+    paths: list[str],  # of its images
+) -> dict[str, Records]:
+    "All images as one training split without labels; a warning if some of them belong to a test."
+    _warn_of_layout(home, paths)
+    unknown = np.full(len(paths), -1)
+    return dict(train=Records(paths, unknown, unknown, str(home)))
+
+# %% ../nbs/14_datasets.ipynb #c2973bfa
 def read_folder(
     root: str | Path,                     # a folder of crops
     need: tuple[str, ...] | None = None,  # splits that must be there; None: any one
@@ -192,13 +203,10 @@ def read_folder(
     paths = find_images(home, unread=unread)
     warn_of_unread(home, unread)
     if not paths:
-        layout = LAYOUTS["folder"]
-        raise DomainMixError(f"{printable(home)} contains no image; expected {layout.expected_files}",
-                             layout.download_note)
+        raise DomainMixError(f"{printable(home)} contains no image; expected {LAYOUTS['folder'].expected_files}",
+                             LAYOUTS["folder"].download_note)
     if pattern is None:
-        _warn_of_layout(home, paths)
-        unknown = np.full(len(paths), -1)
-        found, dropped = dict(train=Records(paths, unknown, unknown, str(home))), []
+        found, dropped = read_whole(home, paths), []
     else:
         found, dropped = read_pattern(home, paths, pattern)
     for split in check_splits(need or ()):

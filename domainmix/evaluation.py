@@ -211,11 +211,10 @@ def rank(
     known = g_pid >= 0
     if not known.all(): gallery, g_camera, g_pid = gallery[known], g_camera[known], g_pid[known]
     if not torch.isin(q_pid, g_pid).any(): return _mean_over_queries(*np.zeros((4, len(query))), topk)   # an error
-    if rerank: distances = reranked_distances(query, gallery, rerank)
-    else: distances = lambda part: row_products(query[part], gallery).neg_()
+    by_features = lambda part: row_products(query[part], gallery).neg_()
+    distances = reranked_distances(query, gallery, rerank) if rerank else by_features
     if own is not None and len(own): distances = _without_own_files(distances, own, known)
-    chunk = chunk or max(1, 2**22 // max(1, len(g_pid)))
-    scores = _score_queries(distances, chunk, q_pid, q_camera, g_pid, g_camera)
+    scores = _score_queries(distances, chunk or max(1, 2**22 // max(1, len(g_pid))), q_pid, q_camera, g_pid, g_camera)
     return _mean_over_queries(*scores, topk)
 
 # %% ../nbs/50_evaluation.ipynb #827a6b59
@@ -296,14 +295,11 @@ def evaluate(
     if centre_cameras and (np.concatenate(cameras) < 0).all():
         raise DomainMixError("centring needs the cameras of the target, but none is known",
                              "give --pattern with a group camera, or leave --centre-cameras out")
-    sides = query_images, gallery_images
-    q, g = (extract_features(net, i, batch, device, flip, precision, feature) for i in sides)
+    q, g = (extract_features(net, i, batch, device, flip, precision, feature) for i in (query_images, gallery_images))
+    own = find_same_files(query_records, query_images, gallery_records, gallery_images)
     if centre_cameras: q, g = camera_centre(np.concatenate([q, g]), np.concatenate(cameras)).split([len(q), len(g)])
     pids = query_records.pid, gallery_records.pid
-    def score():
-        own = find_same_files(query_records, query_images, gallery_records, gallery_images)
-        return rank(q, g, *pids, *cameras, topk, rerank=rerank, own=own).metrics()
-    return call_on_rank0(score)
+    return call_on_rank0(lambda: rank(q, g, *pids, *cameras, topk, rerank=rerank, own=own).metrics())
 
 # %% ../nbs/50_evaluation.ipynb #abda78fa
 def _split_halves(n: int, pid: np.ndarray | None, g: torch.Generator) -> tuple[np.ndarray, np.ndarray]:

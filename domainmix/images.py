@@ -274,15 +274,13 @@ def decode_images(
         images = np.empty(shape, np.uint8)
         bad, found = decode_files(files, images, **reading), None
     else:
-        key = content_key(records, height, width, **reading)
-        bad, found = load_from_cache(Path(cache), key, files, shape, **reading)
+        bad, found = load_from_cache(Path(cache), content_key(records, height, width, **reading), files, shape, **reading)
     if bad:
         report_unreadable(records, bad, skip_bad)
-    keep = np.setdiff1d(np.arange(len(files)), list(bad))
-    images, digest = found or (images[keep] if bad else images, None)
-    kept = records[keep] if bad else records
-    warn_of_blank(kept, images)
-    return torch.from_numpy(images), kept, digest or fingerprint(images)
+        records = records[np.setdiff1d(np.arange(len(files)), list(bad))]
+    images, digest = found or (np.delete(images, list(bad), 0) if bad else images, None)
+    warn_of_blank(records, images)
+    return torch.from_numpy(images), records, digest or fingerprint(images)
 
 # %% ../nbs/15_images.ipynb #24beb05d
 def load_images(

@@ -169,7 +169,7 @@ LIST_FILES = dict(train=("list_train.txt", "list_val.txt"), query=("list_query.t
 SPLIT_NAMES = {  # lower case, with _ in place of - and space; of gallery and query the first that is there is taken
     "train": ("bounding_box_train", "train", "training", "trainval", "image_train", "images_train", "bbox_train",
               "train_images", "val", "valid", "validation", "image_val", "bounding_box_val"),
-    "query": ("query", "queries", "image_query", "images_query", "query_images", "bounding_box_query", "probe", "probes"),
+    "query": ("query", "queries", "image_query", "images_query", "query_images", "bounding_box_query", "probe"),
     "gallery": ("bounding_box_test", "gallery", "image_gallery", "gallery_images", "image_test", "images_test", "test",
                 "testing", "bbox_test", "test_images"),
 }

@@ -63,9 +63,9 @@ IMAGE_SUFFIXES = tuple(s for name in IMAGE_FORMATS for s in FORMAT_SUFFIXES[name
 OTHER_KINDS = {  # what it is: its extensions; such files show people, and none is read
     "raw photo": ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl "
                  ".sr2 .srf .srw .x3f",
-    "image": ".ai .cin .dcm .dds .dpx .eps .exr .fit .fits .hdr .heic .heics .heif .heifs .hif .icns .ico .jng .jxl .jxr "
-             ".kra .pam .pcx .pfm .pic .psb .psd .qoi .sgi .svg .wdp .wmf .xbm .xcf .xpm .avif .avifs .jp2 .j2k .webp "
-             ".mpo .jps .bpg .flif",
+    "image": ".ai .cin .dcm .dds .dpx .eps .exr .fit .fits .hdr .heic .heics .heif .heifs .hif .icns .ico .jng .jxl "
+             ".jxr .kra .pam .pcx .pfm .pic .psb .psd .qoi .sgi .svg .wdp .wmf .xbm .xcf .xpm .avif .avifs .jp2 "
+             ".j2k .webp .mpo .jps .bpg .flif",
     "video": ".3gp .asf .avi .flv .m2ts .m4v .mjpeg .mjpg .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv",
 }
 KNOWN_OTHERS = {s for kinds in OTHER_KINDS.values() for s in kinds.split()}
@@ -76,9 +76,9 @@ FIRST_BYTES = (  # what the files of a kind begin with, and where
     (b"\x0cjP", 3), (b"8BPS", 0),
 )
 SILENT_SUFFIXES = frozenset(  # files beside images that are never opened
-    ".txt .csv .tsv .json .jsonl .xml .yaml .yml .md .mat .npy .npz .pkl .pickle .pt .pth .h5 .hdf5 .lmdb .mdb .db .ini .py "
-    ".ipynb .html .htm .log .zip .tar .gz .tgz .bz2 .xz .7z .rar .pdf .doc .docx .xls .xlsx .m .sh .lst .list .names .parquet "
-    ".safetensors .onnx .exe .dll .lnk .url .crc .md5 .sha1 .sha256 .bin".split())
+    ".txt .csv .tsv .json .jsonl .xml .yaml .yml .md .mat .npy .npz .pkl .pickle .pt .pth .h5 .hdf5 .lmdb .mdb .db "
+    ".ini .py .ipynb .html .htm .log .zip .tar .gz .tgz .bz2 .xz .7z .rar .pdf .doc .docx .xls .xlsx .m .sh .lst "
+    ".list .names .parquet .safetensors .onnx .exe .dll .lnk .url .crc .md5 .sha1 .sha256 .bin".split())
 
 # %% ../nbs/09_pixels.ipynb #7f1f496f
 def begins_like_image(
@@ -121,8 +121,9 @@ def unread_text(
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in unread.most_common(8))
     heif = [kind for kind in unread if kind in FORMAT_SUFFIXES["HEIF"]]
     advice = "install pillow-heif (pip install pillow-heif) to read .heic, " if heif else ""
-    files = "files that look like images or videos are" if sum(unread.values()) > 1 else "file that looks like an image or a video is"
-    return f"{sum(unread.values()):,} {files} not read: {kinds}. Please {advice}convert them, for example to .png or .jpg."
+    n = sum(unread.values())
+    files = "files that look like images or videos are" if n > 1 else "file that looks like an image or a video is"
+    return f"{n:,} {files} not read: {kinds}. Please {advice}convert them, for example to .png or .jpg."
 
 # %% ../nbs/09_pixels.ipynb #7b301173
 def apply_exif_rotation(
@@ -150,7 +151,7 @@ def bits_of_range(
     if high <= 1 + 1e-6:
         return UNIT
     if high < 16:
-        raise DomainMixError(f"the images hold {kind} numbers from 0 to {high:.4g}, which is neither 0 to 1 nor 0 to 255",
+        raise DomainMixError(f"the images hold {kind} from 0 to {high:.4g}, which is neither 0 to 1 nor 0 to 255",
                              "write them again with one of these ranges, or as eight bits")
     return next((b for b in BIT_DEPTHS if high <= 2**b - 1 + 1e-3), int(np.ceil(np.log2(high + 1))))
 
@@ -205,7 +206,7 @@ def _read_deep_channels(image: Image.Image, file: str) -> np.ndarray | None:
         if image.format == "PNG":
             return _read_deep_png(file)
         values = importlib.import_module("tifffile").imread(file)
-    except Exception:  # no package, or another kind of file: Pillow's upper eight bits are used, or it says what is wrong
+    except Exception:  # no package, or another kind of file: Pillow's upper eight bits are used
         return None
     return values if values.ndim == 3 and values.shape[2] in (3, 4) else None
 
@@ -243,7 +244,7 @@ def _deep_to_rgb(image: Image.Image, values: np.ndarray, bits: dict[str, int] | 
     "Eight-bit RGB of an image with these numbers, with the EXIF data of the image."
     kind, high = check_values(values)
     if bits is not None and kind not in bits:
-        raise DomainMixError(f"it holds {kind}, and its extension is that of an eight-bit format: correct its extension")
+        raise DomainMixError(f"it holds {kind}, but has the extension of an eight-bit format: correct its extension")
     depth = bits_of_range(kind, high) if bits is None else bits[kind]
     eight = Image.fromarray(to_eight_bits(values, depth)).convert("RGB")
     if exif := image.info.get("exif"):

@@ -145,7 +145,9 @@ def dataset_line(
     return f"{printable(spec)}: " + "; ".join(f"{name} {records_text(r)}" for name, r in splits.items())
 
 # %% ../nbs/11_records.ipynb #423a4d88
-SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+SYSTEM_FOLDERS = {
+    "__MACOSX", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "lost+found",
+}
 MOST_OPENED = 300  # files with unknown extensions whose first bytes are looked at
 
 # %% ../nbs/11_records.ipynb #bdc58dc0
@@ -205,8 +207,7 @@ def walk_images(
         for e in entries:
             inner = f"{here}/{e.name}" if here else e.name
             if is_folder(e):
-                if not (skip and skip(e.name, beside)):
-                    todo.append(inner)
+                todo += [] if skip and skip(e.name, beside) else [inner]
             elif e.name.lower().endswith(IMAGE_SUFFIXES) and (e.is_symlink() or e.is_file()):
                 yield inner
             elif unread is not None:

@@ -255,13 +255,14 @@ def warn_of_same_files(
         if len(same):
             n, total = len(set(same[:, 0].tolist())), len(query.records)
             warnings.warn(f"{n:,} of {total:,} query images are also in the gallery, as the same files. A query's own "
-                          "file is left out of its answers; scores like those of a paper need other images of the person")
+                          "file is left out of its answers. For a fair score, put no query into the gallery")
     for role in ("synthetic", "real"):
         for part in parts.get(role, []):
             pairs = [find_same_files(part.records, part.images, t.records, t.images)[:, 0] for t in test]
             if n := len(set(np.concatenate(pairs).tolist()) if pairs else ()):
-                warnings.warn(f"{n:,} of {len(part.records):,} {role} images are also in the target, as the same files: "
-                              "its scores are not those of unseen images. Give another target, or other images to train on")
+                total = len(part.records)
+                warnings.warn(f"{n:,} of {total:,} {role} images are also in the target, as the same files. "
+                              "Its scores are not those of unseen images: give another target, or train on others")
 
 # %% ../../nbs/runs/01_inputs.ipynb #1aa11b54
 def read_inputs(config: RunConfig, roles=("synthetic", "real", "target")) -> Inputs:

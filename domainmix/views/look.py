@@ -46,7 +46,8 @@ def look_at_records(
     pairs = {(p, c) for p, c in zip(records.pid.tolist(), records.camera.tolist()) if p >= 0 and c >= 0}
     seen_by = Counter(p for p, _ in pairs)
     rows = np.unique(np.linspace(0, len(records) - 1, min(examples, len(records))).round().astype(int))
-    named = [dict(path=printable(r.path[0]), pid=int(r.pid[0]), camera=int(r.camera[0])) for r in map(records.__getitem__, rows)]
+    named = [dict(path=printable(records.path[i]), pid=int(records.pid[i]), camera=int(records.camera[i]))
+             for i in rows]
     return dict(
         images=len(records), identities=len(ids), cameras=len(cameras), unknown_identity=int((records.pid < 0).sum()),
         unknown_camera=int((records.camera < 0).sum()), images_of_an_identity=spread_text(per_id) if len(ids) else None,
@@ -90,16 +91,17 @@ def look_at_images(
     files = [records.files()[i] for i in rows]
     seen = [look_at_file(file) for file in files]
     good = [s for s in seen if "error" not in s]
-    found = dict(sample=len(files), formats=dict(Counter(s["format"] for s in good)), modes=dict(Counter(s["mode"] for s in good)),
-                 unreadable=[dict(path=printable(records.path[i]), why=s["error"]) for i, s in zip(rows, seen) if "error" in s])
+    found = dict(sample=len(files), formats=dict(Counter(s["format"] for s in good)),
+                 modes=dict(Counter(s["mode"] for s in good)),
+                 unreadable=[dict(path=printable(records.path[i]), why=s["error"])
+                             for i, s in zip(rows, seen) if "error" in s])
     for name in ("width", "height"):
         if good:
             found[name] = spread_text(np.array([s[name] for s in good]))
     if good:
         found["height_by_width"] = round(float(np.median([s["height"] / s["width"] for s in good])), 2)
-    kinds = sorted({s["kind"] for s in good})
-    found["numbers"] = {k: [min(s["low"] for s in good if s["kind"] == k), max(s["high"] for s in good if s["kind"] == k)]
-                        for k in kinds}
+    of_kind = {k: [s for s in good if s["kind"] == k] for k in sorted({s["kind"] for s in good})}
+    found["numbers"] = {k: [min(s["low"] for s in some), max(s["high"] for s in some)] for k, some in of_kind.items()}
     return found
 
 # %% ../../nbs/views/08_look.ipynb #da27b796
@@ -132,11 +134,11 @@ def _split_lines(name: str, split: dict) -> list[str]:
         lines.append(f"{'':9}{split['images_of_an_identity']} images an identity; "
                      f"{split['identities_under_two_cameras']:,} identities under two or more cameras")
     for what in ("identity", "camera"):
-        if split[f"unknown_{what}"]:
-            lines.append(f"{'':9}{split[f'unknown_{what}']:,} images without {'an' if what == 'identity' else 'a'} {what}")
+        if unknown := split[f"unknown_{what}"]:
+            lines.append(f"{'':9}{unknown:,} images without known {what}")
     if split["images_of_each_camera"]:
-        some = list(split["images_of_each_camera"].items())
-        lines.append(f"{'':9}camera: images  " + ", ".join(f"{c}: {n:,}" for c, n in some[:12]) + (", ..." if len(some) > 12 else ""))
+        some = [f"{c}: {n:,}" for c, n in split["images_of_each_camera"].items()]
+        lines.append(f"{'':9}camera: images  {', '.join(some[:12])}{', ...' if len(some) > 12 else ''}")
     return lines + [f"{'':9}{e['path']} -> pid {e['pid']}, camera {e['camera']}" for e in split["examples"]]
 
 # %% ../../nbs/views/08_look.ipynb #a48ff258
@@ -146,9 +148,11 @@ def _file_lines(found: dict) -> list[str]:
     def listed(counts): return ", ".join(f"{n:,} {k}" for k, n in counts.items())
     lines = [f"files    a sample of {files['sample']:,}: {listed(files['formats'])}"]
     if "width" in files:
-        lines.append(f"{'':9}width {files['width']}; height {files['height']}; height by width {files['height_by_width']:g} (median)")
+        lines.append(f"{'':9}width {files['width']}; height {files['height']}; "
+                     f"height by width {files['height_by_width']:g} (median)")
     for kind, (low, high) in files["numbers"].items():
-        read = f", read as {found['bits'][kind]}{' bits' if isinstance(found['bits'][kind], int) else ''}" if kind in found["bits"] else ""
+        bits = found["bits"].get(kind)
+        read = f", read as {bits} bits" if isinstance(bits, int) else f", read as {bits}" if bits else ""
         lines.append(f"{'':9}{kind} from {low:g} to {high:g}{read}")
     for bad in files["unreadable"][:3]:
         lines.append(f"{'':9}cannot be read: {bad['path']} ({bad['why']})")
@@ -167,8 +171,9 @@ def look_text(
     if found["distractors"]:
         lines.append(f"{'':9}{found['distractors']:,} gallery images show nobody that a query asks for (distractors)")
     lines += _file_lines(found)
-    if found["left_out"]["images"]:
-        lines.append(f"left out {found['left_out']['images']:,} images, such as {', '.join(found['left_out']['examples'])}")
+    left = found["left_out"]
+    if left["images"]:
+        lines.append(f"left out {left['images']:,} images, such as {', '.join(left['examples'])}")
     if found["not_read"]:
         lines.append(f"not read {', '.join(f'{n:,} {kind}' for kind, n in found['not_read'].items())}")
     return "\n".join(lines + [f"note     {note}" for note in found["notes"]])
@@ -197,7 +202,7 @@ def rows_of_identities(
     for p in ids[np.unique(np.linspace(0, len(ids) - 1, min(people, len(ids))).round().astype(int))]:
         index = np.flatnonzero(records.pid == p)
         cameras = records.camera[index]
-        earlier = np.array([np.sum(cameras[:k] == c) for k, c in enumerate(cameras)])  # images of the same camera before it
+        earlier = np.array([np.sum(cameras[:k] == c) for k, c in enumerate(cameras)])  # of the same camera, before it
         found.append(np.sort(index[np.lexsort((cameras, earlier))[:each]]))
     return found
 
@@ -214,14 +219,14 @@ def look_sheet(
     for index in rows_of_identities(records, people, each) if records.n_ids else []:
         images, index = _load_readable(records, index)
         if len(images):
-            captions = [f"camera {c}" if c >= 0 else "" for c in records.camera[index]]
-            rows.append(SheetRow(images, range(len(images)), [""] * len(images), captions, f"pid {records.pid[index[0]]}"))
+            captions, who = [f"camera {c}" if c >= 0 else "" for c in records.camera[index]], records.pid[index[0]]
+            rows.append(SheetRow(images, range(len(images)), [""] * len(images), captions, f"pid {who}"))
     if rows:
         return sheet_of_rows(rows, f"{title}: one identity in a row", SHEET_SIZE[0])
     some = np.unique(np.linspace(0, len(records) - 1, min(people * each, len(records))).round().astype(int))
     images, some = _load_readable(records, some)
     if not len(images):
-        raise DomainMixError(f"none of {len(records):,} images in {found['folder']} can be read", "unpack or copy them again")
+        raise DomainMixError(f"the images in {found['folder']} cannot be read", "unpack or copy them again")
     return contact_sheet(images, each, title=f"{title}: images from all over the folder")
 
 # %% ../../nbs/views/08_look.ipynb #09bd01a4
