@@ -7,7 +7,8 @@ __all__ = ['FORMAT_SUFFIXES', 'IMAGE_FORMATS', 'IMAGE_SUFFIXES', 'OTHER_KINDS', 
            'UNIT', 'BIT_DEPTHS', 'DEEP_FORMATS', 'DEEP_SUFFIXES', 'MAX_PIXELS', 'ASPECTS', 'FILL', 'readable_formats',
            'begins_like_image', 'is_unknown_suffix', 'kind_not_read', 'unread_text', 'apply_exif_rotation',
            'bits_of_range', 'check_values', 'to_eight_bits', 'has_deep_channels', 'deep_values', 'to_rgb',
-           'range_of_file', 'bits_of_ranges', 'find_bits', 'fit_image', 'read_image', 'read_error_text', 'blank_images']
+           'values_to_rgb', 'tiff_values', 'range_of_file', 'file_values', 'bits_of_ranges', 'find_bits', 'fit_image',
+           'open_rgb', 'read_image', 'read_error_text', 'blank_images']
 
 # %% ../nbs/09_pixels.ipynb #37f57d41
 import importlib
@@ -234,22 +235,26 @@ def to_rgb(
     "The image as eight-bit RGB."
     values = deep_values(image, file)
     if values is not None:
-        return _deep_to_rgb(image, values, bits)
+        eight = values_to_rgb(values, bits)
+        eight.info.update({k: v for k, v in image.info.items() if k == "exif"})
+        return eight
     if image.mode == "P":
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 # %% ../nbs/09_pixels.ipynb #7dbd77eb
-def _deep_to_rgb(image: Image.Image, values: np.ndarray, bits: dict[str, int] | None) -> Image.Image:
-    "Eight-bit RGB of an image with these numbers, with the EXIF data of the image."
+def values_to_rgb(
+    values: np.ndarray,  # (H, W) or (H, W, 3), of any type
+    bits: dict[str, int] | None = None,  # as for `to_rgb`
+) -> Image.Image:
+    "An eight-bit RGB image of an array."
+    if values.dtype == np.uint8:
+        return Image.fromarray(values).convert("RGB")
     kind, high = check_values(values)
     if bits is not None and kind not in bits:
         raise DomainMixError(f"it holds {kind}, but has the extension of an eight-bit format: correct its extension")
     depth = bits_of_range(kind, high) if bits is None else bits[kind]
-    eight = Image.fromarray(to_eight_bits(values, depth)).convert("RGB")
-    if exif := image.info.get("exif"):
-        eight.info["exif"] = exif
-    return eight
+    return Image.fromarray(to_eight_bits(values, depth)).convert("RGB")
 
 # %% ../nbs/09_pixels.ipynb #4c7f04b5
 DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000")
@@ -257,6 +262,28 @@ DEEP_SUFFIXES = tuple(s for name in DEEP_FORMATS for s in FORMAT_SUFFIXES[name])
 MAX_PIXELS = 16 * 2**20  # no crop of a person is larger; a damaged or hostile file may claim to be
 
 # %% ../nbs/09_pixels.ipynb #4c3414db
+def tiff_values(
+    file: str,  # a file that Pillow does not know
+) -> np.ndarray:  # (H, W) or (H, W, 3)
+    "The numbers of a TIFF of a kind that Pillow does not read, such as floats in three channels."
+    with open(file, "rb") as f:
+        if f.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            raise UnidentifiedImageError(file)
+    try:
+        tifffile = importlib.import_module("tifffile")
+    except ImportError:
+        raise DomainMixError("a TIFF of a kind that needs the package tifffile: install it, or convert the file") from None
+    with tifffile.TiffFile(file) as tiff:
+        if tiff.pages[0].imagewidth * tiff.pages[0].imagelength > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{tiff.pages[0].imagewidth} x {tiff.pages[0].imagelength} pixels")
+        values = tiff.pages[0].asarray()
+    if values.ndim == 3 and values.shape[0] in (3, 4) and values.shape[2] > 4:
+        values = values.transpose(1, 2, 0)  # a channel after the other
+    if values.ndim == 3:
+        return values[..., :3] if values.shape[2] > 2 else values[..., 0]
+    return values
+
+# %% ../nbs/09_pixels.ipynb #9b5d1f15
 def range_of_file(
     file: str,  # a path
 ) -> tuple[str, float] | None:
@@ -266,14 +293,24 @@ def range_of_file(
             head = f.read(26)
         if head[:4] == b"\x89PNG" and head[24:25] < b"\x10":  # the bit depth
             return None
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
-            too_large = image.size[0] * image.size[1] > MAX_PIXELS
-            values = None if too_large else deep_values(image, file)
-            return None if values is None else check_values(values)
+        values = file_values(file)
+        return None if values is None or values.dtype == np.uint8 else check_values(values)
     except Exception:  # a file may hold anything: the decoder says what is wrong
         return None
 
 # %% ../nbs/09_pixels.ipynb #4b315ab2
+def file_values(
+    file: str,  # a path
+) -> np.ndarray | None:
+    "The numbers of a file with more than eight bits; None for every other that Pillow reads."
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            too_large = image.size[0] * image.size[1] > MAX_PIXELS
+            return None if too_large else deep_values(image, file)
+    except UnidentifiedImageError:
+        return tiff_values(file)
+
+# %% ../nbs/09_pixels.ipynb #df29894b
 def bits_of_ranges(
     ranges: Iterable[tuple[str, float] | None],  # type and largest number of each image
 ) -> dict[str, int]:
@@ -313,6 +350,23 @@ def fit_image(
     return ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, FILL)
 
 # %% ../nbs/09_pixels.ipynb #8b60415f
+def open_rgb(
+    file: str,  # a path
+    bits: dict[str, int] | None = None,  # as for `to_rgb`
+) -> Image.Image:
+    "The image in `file` as eight-bit RGB, upright, in its own size."
+    if not os.path.getsize(file):
+        raise DomainMixError("the file is empty (0 bytes)")
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            w, h = image.size
+            if w * h > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{w} x {h} pixels")
+            return apply_exif_rotation(to_rgb(image, bits, str(file)))
+    except UnidentifiedImageError:
+        return values_to_rgb(tiff_values(file), bits)
+
+# %% ../nbs/09_pixels.ipynb #172591b2
 def read_image(
     file: str,               # a path
     height: int,             # rows of the result
@@ -321,13 +375,7 @@ def read_image(
     aspect: str = "stretch", # or letterbox
 ) -> np.ndarray:             # uint8 (3, height, width)
     "The image in `file`, upright and resized."
-    if not os.path.getsize(file):
-        raise DomainMixError("the file is empty (0 bytes)")
-    with Image.open(file, formats=IMAGE_FORMATS) as image:
-        w, h = image.size
-        if w * h > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"{w} x {h} pixels")
-        image = fit_image(apply_exif_rotation(to_rgb(image, bits, str(file))), height, width, aspect)
+    image = fit_image(open_rgb(file, bits), height, width, aspect)
     return np.asarray(image).transpose(2, 0, 1)  # (height, width, 3) -> (3, height, width)
 
 # %% ../nbs/09_pixels.ipynb #940bc322
