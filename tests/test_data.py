@@ -667,3 +667,21 @@ def test_letterbox_keeps_the_aspect(tmp_path):
         wanted[26:37] = inner
         assert np.array_equal(boxed, wanted)
     assert not np.array_equal(load_images(records_, 64, 32, tmp_path / "cache")[0][0].permute(1, 2, 0).numpy(), boxed)
+
+
+def test_colour_floats_in_a_tiff(tmp_path):
+    "Pillow does not know them: the message names the package, which reads them where it is installed."
+    values = np.random.default_rng(0).random((8, 4, 3)).astype("<f4")
+    data, fields = values.tobytes(), [(256, 3, 1, 4), (257, 3, 1, 8), (258, 3, 3, 0), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 0),
+                                      (277, 3, 1, 3), (278, 3, 1, 8), (279, 4, 1, len(values.tobytes())), (339, 3, 3, 6)]
+    at = 8 + 2 + 12 * len(fields) + 4                              # behind the directory: two rows of three numbers, then the pixels
+    place = {258: at, 339: at + 6, 273: at + 12}
+    entries = b"".join(struct.pack("<HHII", tag, kind, n, place.get(tag, v)) for tag, kind, n, v in fields)
+    head = b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + struct.pack("<I", 0)
+    (tmp_path / "a.tif").write_bytes(head + struct.pack("<6H", 32, 32, 32, 3, 3, 3) + data)
+    found = read_folder(tmp_path).train
+    try:
+        import tifffile  # noqa: F401
+    except ImportError:
+        return expect_error(lambda: load_images(found, 8, 4), "a.tif (a TIFF of a kind that needs the package tifffile")
+    assert np.array_equal(load_images(found, 8, 4)[0][0].permute(1, 2, 0).numpy(), np.rint(values * 255.))
