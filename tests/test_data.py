@@ -685,3 +685,35 @@ def test_colour_floats_in_a_tiff(tmp_path):
     except ImportError:
         return expect_error(lambda: load_images(found, 8, 4), "a.tif (a TIFF of a kind that needs the package tifffile")
     assert np.array_equal(load_images(found, 8, 4)[0][0].permute(1, 2, 0).numpy(), np.rint(values * 255.))
+
+
+def test_look_says_what_is_read(tmp_path, monkeypatch, capsys):
+    "The command in this process: numbers counted by hand, JSON, a sheet, and bad input that leaves nothing behind."
+    import json
+    from domainmix.cli import main
+    monkeypatch.chdir(tmp_path)
+    lay_out(tmp_path / "set", NAMES["own"], FOLDERS["plain"], ["gt_bbox/x.jpg"])
+    (tmp_path / "set/train/clip.mp4").touch()
+    (tmp_path / "set/query/broken.jpg").write_text("no image")
+    png16(tmp_path / "set/gallery/cam1-person9-99.png", np.full((8, 4), 4000))
+    command = ["look", f"folder:{tmp_path}/set", "--pattern", PATTERN["own"]]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    for words in ("train    4 images, 2 identities, 4 cameras", "query    2 images, 2 identities, 2 cameras", "gallery  6 images",
+                  "2 gallery images show nobody that a query asks for", "uint16 from 4000 to 4000, read as 12 bits",
+                  "left out 2 images", "not read 1 .mp4", "train/cam0-person2-2.JPG -> pid 2, camera 0", "look.png"):
+        assert words in said, (words, said)
+    assert Image.open("look.png").format == "PNG"
+    assert main([*command, "--json", "--out", "other/sheet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["splits"]["train"]["images_of_each_camera"] == {"0": 1, "1": 1, "2": 1, "3": 1} and found["not_read"] == {".mp4": 1}
+    assert found["splits"]["gallery"]["unknown_identity"] == 1 and found["sheet"] == "other/sheet.png" and Path("other/sheet.png").exists()
+    assert main(["look", f"folder:{tmp_path}/set"]) == 0
+    assert "cannot be read: query/broken.jpg (not an image" in capsys.readouterr().out.replace(f"{tmp_path}/set/", "")
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "empty").mkdir()
+    for wrong, words in ((["folder:nowhere"], "not there"), (["folder:empty"], "contains no image"), ([command[1], "--pattern", "(x"], "not a valid"),
+                         ([command[1], "--pattern", "(?P<pid>zz)"], "matches none"), ([command[1], "--sample", "0"], "--sample is 0"),
+                         ([command[1], "--out", str(tmp_path)], "is a folder"), ([str(tmp_path / "set")], "write folder:"), (["nothing"], "unknown data set")):
+        assert main(["look", *wrong]) == 2 and words in capsys.readouterr().err, words
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "empty"])
