@@ -43,6 +43,8 @@ setup(
         "fast": words("fast_requirements"),
         # Any convolutional network of timm as a backbone.
         "timm": words("timm_requirements"),
+        # To read HEIC, and colour TIFFs of sixteen bits.
+        "images": words("images_requirements"),
         # To export a network, and to run what was exported.
         "onnx": words("onnx_requirements"),
         # To look at the curves of runs in TensorBoard.

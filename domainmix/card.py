@@ -24,6 +24,7 @@ from .core import DomainMixError, to_dict
 from .files import load_dict, load_json
 from .weights import weights_header
 from .images import MEAN, STD
+from .pixels import FILL
 from .inference import containing_run, find_net, model_name
 from .layouts import LAYOUTS
 from .readers import leaves_folder
@@ -232,16 +233,18 @@ def card_input(
     height: int,  # rows
     width: int,  # columns
     kind: str = "uint8",  # what the exported files take: uint8, float32 (normalised) or unit (0 to 1)
+    aspect: str = "stretch",  # or letterbox
 ) -> dict:
     "How an image becomes input."
     mean, std = ([round(v, 6) for v in t.flatten().tolist()] for t in (MEAN, STD))
-    resize = f"the upright crop to {height} rows x {width} columns, bicubic (Pillow), without regard to its aspect"
+    how = {"stretch": "without regard to its aspect", "letterbox": f"its aspect kept, the rest filled with {FILL}"}
+    resize = f"the upright crop to {height} rows x {width} columns, bicubic (Pillow), {how[aspect]}"
     where = {"uint8": "inside the graph: give bytes, 0 to 255",
              "float32": "by you: divide the bytes by 255, subtract the mean, divide by std",
              "unit": "inside the graph: give the bytes divided by 255"}[kind]
-    normalisation = {"where": where, "mean": mean, "std": std}
-    return {"name": "images", "type": "uint8" if kind == "uint8" else "float32", "shape": ["batch", 3, height, width], "colour_order": "RGB",
-            "resize": resize, "normalisation": normalisation}
+    return {"name": "images", "type": "uint8" if kind == "uint8" else "float32", "shape": ["batch", 3, height, width],
+            "colour_order": "RGB", "aspect": aspect, "resize": resize,
+            "normalisation": {"where": where, "mean": mean, "std": std}}
 
 # %% ../nbs/61_card.ipynb #ede4d069
 def card_output(
@@ -291,7 +294,7 @@ def make_card(
     about, learned = (load_json(home/"config.json"), trained_roles(path.parent)) if home else ({}, None)
     return {
         "name": model_name(path),
-        "input": card_input(height, width, input),
+        "input": card_input(height, width, input, feature_config.aspect),
         "output": card_output(net, feature_config),
         "network": card_network(path, net),
         "data": card_data(run_config, about, learned) if home else None,

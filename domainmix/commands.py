@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'RunCommand', 'TableCommand', 'LabelCommand', 'FeatureCommand', 'EvaluateCommand', 'EmbedCommand',
-           'TuneCommand', 'ExportCommand', 'ReportCommand', 'PresetsCommand', 'TablesCommand', 'RunsCommand',
-           'CompareCommand', 'BenchCommand', 'WorldCommand', 'config_from_flags', 'tensorboard_curves', 'do_run',
-           'check_seed_count', 'seed_list', 'do_table', 'check_output_file', 'cluster_sizes_text', 'do_label',
-           'architecture', 'common_options', 'do_evaluate', 'embed_by_onnx', 'do_embed', 'do_tune', 'do_presets',
-           'do_tables', 'do_notebooks', 'do_report', 'do_runs', 'do_compare', 'suite_arguments', 'do_bench',
-           'do_export', 'do_world']
+           'LookCommand', 'TuneCommand', 'ExportCommand', 'ReportCommand', 'PresetsCommand', 'TablesCommand',
+           'RunsCommand', 'CompareCommand', 'BenchCommand', 'WorldCommand', 'config_from_flags', 'tensorboard_curves',
+           'do_run', 'check_seed_count', 'seed_list', 'do_table', 'check_output_file', 'cluster_sizes_text', 'do_label',
+           'architecture', 'common_options', 'do_evaluate', 'embed_by_onnx', 'do_embed', 'do_look', 'do_tune',
+           'do_presets', 'do_tables', 'do_notebooks', 'do_report', 'do_runs', 'do_compare', 'suite_arguments',
+           'do_bench', 'do_export', 'do_world']
 
 # %% ../nbs/79_commands.ipynb #57821056
 import contextlib
+import json
 import os
 import shutil
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ import numpy as np
 
 from .bench.speed import SUITES, bench, bench_text
 from .bench.training import STEP_VARIANTS
-from .core import DomainMixError
+from .core import DomainMixError, to_jsonable
 from .datasets import write_world
 from .deploy import embed_onnx, export
 from .files import save_json, write_atomic
@@ -38,6 +39,7 @@ from domainmix.runs.tables import (
     DEMO, check_datasets_exist, gains_text, load_table, presets_text, run_methods, run_table, summary_html,
     summary_text, table_text,
 )
+from .views.look import look, look_text, write_look_sheet
 from .views.report import notebook_report, run_report, write_report
 from .views.results import Results
 from .world import WorldConfig
@@ -100,6 +102,16 @@ class EmbedCommand(FeatureCommand):
     out: str = "features.npy"       # float32 (N, D), one row for each image; the paths are written to a .csv beside it
 
 # %% ../nbs/79_commands.ipynb #48fa3e5a
+@dataclass
+class LookCommand:
+    "What a data set and a pattern are read as, with a sheet of images: nothing is trained or changed."
+    images: str                     # the data set: folder:DIR, market1501:DIR, ...
+    pattern: str | None = None      # for its file names: a regular expression with groups pid and camera
+    out: str = "look.png"           # file for the sheet: one identity in a row
+    sample: int = 200               # files to open, for the sizes and numbers of the images
+    json: bool = False              # print JSON in place of the text
+
+# %% ../nbs/79_commands.ipynb #3d698b9e
 @dataclass
 class TuneCommand(FeatureCommand):
     "Learn a metric for a trained network's features from unlabelled images, in seconds, without training."
@@ -342,6 +354,21 @@ def do_embed(args: EmbedCommand) -> None:
     print(f"{out.with_suffix('.csv')}: their images")
 
 # %% ../nbs/79_commands.ipynb #bfae09a7
+def do_look(args: LookCommand) -> None:
+    "Print what a data set is read as, and write its sheet."
+    check_output_file(args.out)
+    if args.sample < 1:
+        raise DomainMixError(f"--sample is {args.sample}", "give 1 or more")
+    found = look(args.images, args.pattern, args.sample)
+    sheet = write_look_sheet(found, ensure_suffix(args.out, ".png"))
+    if args.json:
+        plain = {k: v for k, v in found.items() if k != "records"} | {"sheet": sheet}
+        print(json.dumps(to_jsonable(plain), indent=2, ensure_ascii=False))
+        return
+    print(look_text(found))
+    print(sheet or "no sheet: matplotlib is not installed (pip install matplotlib)")
+
+# %% ../nbs/79_commands.ipynb #98e5b82c
 def do_tune(args: TuneCommand) -> None:
     "Write a network with a learned metric and print the file's name."
     print(tune(args.model, args.images, args.out, args.pattern, args.ridge, architecture(args), **common_options(args)))
@@ -452,6 +479,7 @@ COMMANDS: dict[str, tuple[type, Callable, dict]] = {
     "label": (LabelCommand, do_label, {"run": "labels"}),
     "evaluate": (EvaluateCommand, do_evaluate, {}),
     "embed": (EmbedCommand, do_embed, {}),
+    "look": (LookCommand, do_look, {}),
     "tune": (TuneCommand, do_tune, {}),
     "export": (ExportCommand, do_export, {}),
     "world": (WorldCommand, do_world, {}),

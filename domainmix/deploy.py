@@ -8,7 +8,7 @@ __all__ = ['INPUT_KINDS', 'OLDEST_OPSET', 'INPUT_KEY', 'EXPORT_FORMATS', 'PARITY
            'open_torch', 'check_opset', 'write_onnx', 'OnnxModel', 'start_onnxruntime', 'open_onnx', 'ExportFormat',
            'structured_shapes', 'parity_images', 'output_differences', 'check_parity', 'check_new_folder',
            'output_folder', 'exporter_errors', 'export_formats', 'required_packages', 'write_checked', 'export',
-           'embed_onnx']
+           'exported_aspect', 'embed_onnx']
 
 # %% ../nbs/62_deploy.ipynb #5725cdc3
 import contextlib
@@ -32,11 +32,11 @@ from .card import make_card, package_versions
 from .core import DomainMixError, flag, generator
 from .datasets import read_dataset
 from .evaluation import extract_features
-from .files import save_json
+from .files import load_json, save_json
 from .images import MEAN, STD, normalise
 from .inference import find_net, model_settings, open_net, write_features
 from .norms import IBN, from_domain_bn
-from .runs.inputs import decode_split
+from .runs.inputs import decode_dataset, tell_read
 from .runs.settings import RunConfig, check_choice, configure
 from .runs.stages import feature_options
 
@@ -449,6 +449,17 @@ def export(
     return card
 
 # %% ../nbs/62_deploy.ipynb #11f74a57
+def exported_aspect(
+    path: str | Path,  # model.onnx, or the folder of an export
+) -> str:
+    "How an exported network wants images of another aspect, as its card says."
+    card = (Path(path) if Path(path).is_dir() else Path(path).parent)/"card.json"
+    try:
+        return load_json(card)["input"]["aspect"]
+    except (DomainMixError, LookupError, TypeError):  # a file without a card, or with one of an earlier version
+        return "stretch"
+
+# %% ../nbs/62_deploy.ipynb #a501b611
 def embed_onnx(
     path: str | Path,  # model.onnx, or the folder of an export
     images: str,  # a data set such as folder:DIR; all splits are used
@@ -459,7 +470,10 @@ def embed_onnx(
 ) -> np.ndarray:
     "Write and return the features of all images of a data set, float32 (N, D), of length one, by onnxruntime."
     model = open_onnx(path)
-    decoding = configure(height=model.height, width=model.width, skip_bad=skip_bad, data=str(data))
-    parts = [decode_split(records, decoding) for records in read_dataset(images).splits.values()]
+    decoding = configure(height=model.height, width=model.width, skip_bad=skip_bad, data=str(data),
+                         aspect=exported_aspect(path))
+    dataset = read_dataset(images, need=())
+    tell_read("", images, dataset.splits)
+    parts = decode_dataset(dataset, decoding)
     features = np.concatenate([model(part.images.numpy(), batch) for part in parts])
     return write_features(out, features, parts)

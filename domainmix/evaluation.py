@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .batches import ImageStack
 from .core import DomainMixError, compile_loop, flag, generator, pick_device
 from .distributed import call_on_rank0
+from .images import find_same_files
 from .jaccard import RerankConfig, reranked_distances
 from .knn import camera_centre, exact_matmul, row_products, unit_rows
 from .loading import embed_images
@@ -173,6 +174,23 @@ def _score_queries(distances: Callable, chunk: int, q_pid, q_camera, g_pid, g_ca
     return [score.cpu().numpy() for score in scores]
 
 # %% ../nbs/50_evaluation.ipynb #bb009952
+def _without_own_files(
+    distances: Callable,  # query indices -> distances (B, G)
+    own: np.ndarray,      # int64 (P, 2): a query, and a gallery image that is the same file
+    known: torch.Tensor,  # bool (G of the whole gallery,), which images are left in it
+) -> Callable:
+    "The same distances, infinite from a query to its own file."
+    place = torch.where(known, known.cumsum(0) - 1, -1)
+    q, g = torch.as_tensor(own, device=known.device).long().reshape(-1, 2).T
+    q, g = q[place[g] >= 0], place[g][place[g] >= 0]
+    def masked(part):
+        distance = distances(part)
+        here = (q >= part[0]) & (q <= part[-1])  # `part` is a run of queries
+        distance[q[here] - part[0], g[here]] = torch.inf
+        return distance
+    return masked
+
+# %% ../nbs/50_evaluation.ipynb #1a7885bb
 def rank(
     query: torch.Tensor | np.ndarray,        # (Q, D) features; if they are on a GPU, it is used
     gallery: torch.Tensor | np.ndarray,      # (G, D)
@@ -183,6 +201,7 @@ def rank(
     topk: int = 20,                          # length of the CMC curve
     chunk: int | None = None,                # queries at once; None: as many as make 4 million distances
     rerank: RerankConfig | None = None,      # use k-reciprocal neighbours too; None: distance alone, as papers compare
+    own: np.ndarray | None = None,           # int (P, 2): a query, and a gallery image that is the same file; left out
 ) -> Ranking:
     "mAP, mINP and CMC of queries against a gallery, without the junk, in chunks and without a full sort."
     inputs = _check_inputs(query, gallery, query_pid, gallery_pid, query_camera, gallery_camera)
@@ -192,10 +211,10 @@ def rank(
     known = g_pid >= 0
     if not known.all(): gallery, g_camera, g_pid = gallery[known], g_camera[known], g_pid[known]
     if not torch.isin(q_pid, g_pid).any(): return _mean_over_queries(*np.zeros((4, len(query))), topk)   # an error
-    if rerank: distances = reranked_distances(query, gallery, rerank)
-    else: distances = lambda part: row_products(query[part], gallery).neg_()
-    chunk = chunk or max(1, 2**22 // max(1, len(g_pid)))
-    scores = _score_queries(distances, chunk, q_pid, q_camera, g_pid, g_camera)
+    by_features = lambda part: row_products(query[part], gallery).neg_()
+    distances = reranked_distances(query, gallery, rerank) if rerank else by_features
+    if own is not None and len(own): distances = _without_own_files(distances, own, known)
+    scores = _score_queries(distances, chunk or max(1, 2**22 // max(1, len(g_pid))), q_pid, q_camera, g_pid, g_camera)
     return _mean_over_queries(*scores, topk)
 
 # %% ../nbs/50_evaluation.ipynb #827a6b59
@@ -275,12 +294,13 @@ def evaluate(
     cameras = query_records.camera, gallery_records.camera
     if centre_cameras and (np.concatenate(cameras) < 0).all():
         raise DomainMixError("centring needs the cameras of the target, but none is known",
-                             f"give {flag('target_pattern', 'pattern')} with a group camera, or leave {flag('centre_cameras')} out")
-    sides = query_images, gallery_images
-    q, g = (extract_features(net, i, batch, device, flip, precision, feature) for i in sides)
+                             f"give {flag('target_pattern', 'pattern')} with a group camera, "
+                             f"or leave {flag('centre_cameras')} out")
+    q, g = (extract_features(net, i, batch, device, flip, precision, feature) for i in (query_images, gallery_images))
+    own = find_same_files(query_records, query_images, gallery_records, gallery_images)
     if centre_cameras: q, g = camera_centre(np.concatenate([q, g]), np.concatenate(cameras)).split([len(q), len(g)])
     pids = query_records.pid, gallery_records.pid
-    return call_on_rank0(lambda: rank(q, g, *pids, *cameras, topk, rerank=rerank).metrics())
+    return call_on_rank0(lambda: rank(q, g, *pids, *cameras, topk, rerank=rerank, own=own).metrics())
 
 # %% ../nbs/50_evaluation.ipynb #abda78fa
 def _split_halves(n: int, pid: np.ndarray | None, g: torch.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FORMS', 'last_network', 'find_net', 'open_net', 'containing_run', 'model_settings', 'model_name', 'split_array',
-           'list_path', 'list_images', 'to_pillow', 'resize_image', 'decode_list', 'Model', 'load', 'embed',
-           'ensure_suffix', 'csv_quote', 'write_features', 'embed_to_file', 'evaluate_model', 'saved_architecture',
-           'tune', 'add_metric']
+           'list_path', 'list_images', 'to_pillow', 'resize_image', 'range_in_memory', 'list_bits', 'decode_list',
+           'Model', 'load', 'embed', 'ensure_suffix', 'csv_quote', 'write_features', 'embed_to_file', 'evaluate_model',
+           'saved_architecture', 'tune', 'add_metric']
 
 # %% ../nbs/60_inference.ipynb #50c0830e
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,17 @@ from .core import DomainMixError, pick_device, to_dict, with_overrides
 from .datasets import read_dataset
 from .evaluation import extract_features
 from .files import save_weights, write_atomic
-from .images import apply_exif_rotation, decode_files, read_error_text, to_rgb, unreadable_images_text
+from .images import decode_files, unreadable_images_text
 from .metric import learn_metric
+from domainmix.pixels import (
+    apply_exif_rotation, bits_of_range, bits_of_ranges, blank_images, check_values, deep_values, find_bits, fit_image,
+    read_error_text, to_eight_bits, to_rgb,
+)
 from .records import find_images, printable
 from .weights import read_weights, weights_header
-from .runs.inputs import Split, decode_split, read_inputs
+from .runs.inputs import Split, decode_dataset, read_inputs, tell_read
 from .runs.settings import METHODS, RunConfig, check_choice, configure, load_config
-from .runs.stages import feature_options, load_net, measure_ranking
+from .runs.stages import feature_options, header_aspect, load_net, measure_ranking
 
 # %% ../nbs/60_inference.ipynb #a69b6be8
 def last_network(
@@ -95,7 +100,7 @@ def model_settings(
     if home:
         config = load_config(home/"config.json")[0]
     else:
-        header = {k: v for k, v in weights_header(path).items() if k in ("feature", "flip")}
+        header = {k: v for k, v in weights_header(path).items() if k in ("feature", "flip", "aspect")}
         config = with_overrides(RunConfig(), header)
     return with_overrides(config, {k: v for k, v in given.items() if v is not None})
 
@@ -156,8 +161,9 @@ def list_images(
 
 # %% ../nbs/60_inference.ipynb #d262ce69
 def to_pillow(
-    image: Any,  # a Pillow image, or uint8 (H, W, 3)
+    image: Any,  # a Pillow image, or an array (H, W, 3): uint8, or numbers of another range
     index: int = 0,  # its place in the list, for the error message
+    bits: dict[str, int] | None = None,  # of `list_bits`; None: found in this image alone
 ) -> Image.Image:
     "One image as a Pillow image."
     if isinstance(image, Image.Image):
@@ -165,10 +171,16 @@ def to_pillow(
     array = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
     if not isinstance(array, np.ndarray):
         raise DomainMixError(f"image {index} is a {type(image).__name__}", IMAGE_FORMS)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        remedy = "give uint8 of shape (H, W, 3), RGB, 0 to 255"
+    remedy = "give uint8 of shape (H, W, 3), RGB, 0 to 255, or other numbers from 0"
+    if array.dtype.kind not in "uif" or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise DomainMixError(f"image {index} is {array.dtype} of shape {array.shape}", remedy)
-    return Image.fromarray(array)
+    if array.dtype == np.uint8:
+        return Image.fromarray(array)
+    try:
+        kind, high = check_values(array)
+    except DomainMixError as e:
+        raise DomainMixError(f"image {index}: {e.what}", remedy) from None
+    return Image.fromarray(to_eight_bits(array, bits[kind] if bits else bits_of_range(kind, high)))
 
 # %% ../nbs/60_inference.ipynb #25f82699
 def resize_image(
@@ -176,15 +188,41 @@ def resize_image(
     height: int,
     width: int,
     index: int = 0,  # its place in the list, for the error message
+    bits: dict[str, int] | None = None,  # of `list_bits`; None: found in this image alone
+    aspect: str = "stretch",  # or letterbox
 ) -> np.ndarray:  # uint8 (3, height, width)
     "One image in memory, upright and resized, as `read_image` does it for a file."
-    image = to_pillow(image, index)
+    image = to_pillow(image, index, bits)
     try:
-        resized = to_rgb(apply_exif_rotation(image)).resize((width, height), Image.Resampling.BICUBIC)
+        rgb = to_rgb(image, bits, getattr(image, "filename", None) or None)
+        resized = fit_image(apply_exif_rotation(rgb), height, width, aspect)
     except Exception as error:  # Pillow reads an opened file only now, and the file may be damaged
         what = f"image {index} cannot be read: {read_error_text(error)}"
         raise DomainMixError(what, "remove it, or copy its file again") from error
     return np.asarray(resized).transpose(2, 0, 1)  # (height, width, 3) -> (3, height, width)
+
+# %% ../nbs/60_inference.ipynb #32b744d2
+def range_in_memory(
+    image: Any,  # what `to_pillow` takes
+) -> tuple[str, float] | None:
+    "Type and largest number of an image that has not eight bits; None for every other, and for one that is refused."
+    try:
+        if isinstance(image, Image.Image):
+            values = deep_values(image, getattr(image, "filename", None) or None)
+        else:
+            values = image.cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+        return None if values is None or values.dtype == np.uint8 else check_values(values)
+    except Exception:  # `resize_image` says what is wrong
+        return None
+
+# %% ../nbs/60_inference.ipynb #23ddd334
+def list_bits(
+    images: list,  # of `list_images`
+) -> dict[str, int]:  # type of the numbers -> bits
+    "How the numbers of a list of images that have not eight bits are read."
+    if all(isinstance(image, (str, os.PathLike)) for image in images):
+        return find_bits([os.fspath(path) for path in images])
+    return bits_of_ranges(map(range_in_memory, images))
 
 # %% ../nbs/60_inference.ipynb #bf65f07a
 def decode_list(
@@ -192,17 +230,22 @@ def decode_list(
     height: int,
     width: int,
     first: int = 0,  # the place of the first one in the whole list, for error messages
+    bits: dict[str, int] | None = None,  # of the whole list, from `list_bits`; None: found in these images
+    aspect: str = "stretch",  # or letterbox
 ) -> torch.Tensor:  # uint8 (N, 3, height, width)
     "The pixels of a list of paths, or of a list of images."
+    bits = list_bits(images) if bits is None else bits
     pixels = np.empty((len(images), 3, height, width), np.uint8)
     if all(isinstance(image, (str, os.PathLike)) for image in images):
         paths = [os.fspath(path) for path in images]
-        unreadable = decode_files(paths, pixels)
+        unreadable = decode_files(paths, pixels, bits=bits, aspect=aspect)
         if unreadable:
             raise DomainMixError(unreadable_images_text(paths, unreadable), "leave these files out, or copy them again")
     else:
         for i, image in enumerate(images):
-            pixels[i] = resize_image(image, height, width, first + i)
+            pixels[i] = resize_image(image, height, width, first + i, bits, aspect)
+    for i, colour in blank_images(pixels).items():
+        warnings.warn(f"image {first + i} is all {colour}: it may hold numbers of another range")
     return torch.from_numpy(pixels)
 
 # %% ../nbs/60_inference.ipynb #e6397a9d
@@ -216,6 +259,7 @@ class Model:
     flip: bool  # average with the feature of the mirror image
     device: str  # auto, cpu, cuda, xpu or mps
     source: str  # run/stage, or the file's name
+    aspect: str = "stretch"  # or letterbox: how an image of another aspect gets its size
 
     def __repr__(self) -> str:
         return (f"Model({self.source}: {self.height} x {self.width} pixels -> {self.net.feature_dim} numbers, "
@@ -240,7 +284,8 @@ def load(
     pick_device(device)  # refuse a missing GPU now, and not at the first image
     net, height, width = open_net(model, configure(backbone=backbone) if isinstance(backbone, str) else backbone, data)
     config = model_settings(model, data, device=device)
-    return Model(net.eval(), height, width, **feature_options(config), source=model_name(find_net(model, data)))
+    return Model(net.eval(), height, width, **feature_options(config),
+                 source=model_name(find_net(model, data)), aspect=config.aspect)
 
 # %% ../nbs/60_inference.ipynb #ff073069
 def embed(
@@ -257,9 +302,10 @@ def embed(
         model = load(model, data, device)
     images = list_images(images)
     options = {"device": model.device, "flip": model.flip, "feature": model.feature}
+    reading = {"bits": list_bits(images), "aspect": model.aspect}
     parts, at_once = [], 16 * batch
     for first in range(0, len(images), at_once):
-        pixels = decode_list(images[first:first + at_once], model.height, model.width, first)
+        pixels = decode_list(images[first:first + at_once], model.height, model.width, first, **reading)
         parts.append(extract_features(model.net, pixels, batch, **options))
     return np.concatenate(parts)
 
@@ -307,9 +353,12 @@ def embed_to_file(
 ) -> np.ndarray:
     "Write and return the features of all images of a data set, float32 (N, D), rows of length one."
     net, height, width = open_net(model, config, data)
-    options = feature_options(model_settings(model, data, feature=feature, flip=flip, device=device))
-    decoding = configure(height=height, width=width, skip_bad=skip_bad, data=data)
-    parts = [decode_split(records, decoding) for records in read_dataset(images).splits.values()]
+    settings = model_settings(model, data, feature=feature, flip=flip, device=device)
+    options = feature_options(settings)
+    decoding = configure(height=height, width=width, skip_bad=skip_bad, data=data, aspect=settings.aspect)
+    dataset = read_dataset(images, need=())
+    tell_read("", images, dataset.splits)
+    parts = decode_dataset(dataset, decoding)
     features = np.concatenate([extract_features(net, part.images, **options) for part in parts])
     return write_features(out, features, parts)
 
@@ -330,7 +379,8 @@ def evaluate_model(
     net, height, width = open_net(model, config, data)
     settings = model_settings(model, data, feature=feature, flip=flip, device=device)
     reading = configure(
-        target=target, pattern=pattern, height=height, width=width, skip_bad=skip_bad, data=data, world=settings.world)
+        target=target, pattern=pattern, height=height, width=width, skip_bad=skip_bad, data=data, world=settings.world,
+        aspect=settings.aspect)
     inputs = read_inputs(reading, ("target",))
     return measure_ranking(inputs.query, inputs.gallery, net, **feature_options(settings), **options)
 
@@ -361,12 +411,13 @@ def tune(
     net, height, width = open_net(model, config, data)
     settings = model_settings(model, data, feature=feature, flip=flip, device=device)
     reading = configure(
-        real=images, pattern=pattern, height=height, width=width, skip_bad=skip_bad, data=data, world=settings.world)
+        real=images, pattern=pattern, height=height, width=width, skip_bad=skip_bad, data=data, world=settings.world,
+        aspect=settings.aspect)
     real = read_inputs(reading, ("real",)).real
     add_metric(net, real, settings, ridge)
     backbone = saved_architecture(find_net(model, data), config or settings)
     return save_weights(ensure_suffix(out, ".safetensors"), net.cpu(), backbone=backbone, height=height, width=width,
-                        feature=settings.feature, flip=settings.flip)
+                        feature=settings.feature, flip=settings.flip, **header_aspect(settings))
 
 # %% ../nbs/60_inference.ipynb #be9ce07d
 def add_metric(

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['FILE_NAME_PATTERNS', 'CAMERAS_PER_SCENE', 'FIRST_CAMERAS', 'LAYOUTS', 'BOX_FOLDERS', 'CUHK_KINDS', 'LIST_FILES',
-           'match_file_names', 'randperson_camera', 'randperson_scene', 'Layout', 'count_problems', 'camera_problems',
-           'check_counts', 'find_dataset_root', 'looks_like', 'guess_layouts', 'wrong_layout_error']
+           'SPLIT_NAMES', 'WHOLE_TRAINING', 'NO_SPLIT', 'match_file_names', 'number_cameras', 'randperson_camera',
+           'randperson_scene', 'Layout', 'count_problems', 'camera_problems', 'check_counts', 'name_splits',
+           'split_folders', 'has_box_folders', 'find_dataset_root', 'box_folders', 'looks_like', 'guess_layouts',
+           'wrong_layout_error']
 
 # %% ../nbs/12_layouts.ipynb #21f46404
 import itertools
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -17,14 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from .core import DomainMixError
-from .records import IMAGE_SUFFIXES, DataSet, is_folder, known_ids, list_folder, printable, walk_images
+from .records import DataSet, Records, is_folder, known_ids, list_folder, printable, walk_images
 
 # %% ../nbs/12_layouts.ipynb #fb129817
 FILE_NAME_PATTERNS = {
-    "market1501": r"^(?P<pid>-1|\d{1,9})_c(?P<camera>\d{1,4})s\d+_\d+_\d+.*\.jpe?g$",
-    "cuhk03np":   r"^(?P<pid>\d{1,9})_c(?P<camera>\d{1,4})(s\d+)?_.*\.png$",
-    "randperson": r"^(?P<pid>\d{1,9})(?=.*_s(?P<scene>\d{1,4})_)(?=.*_c(?P<camera>\d{1,4})_).*_f\d+\.jpe?g$",
+    "market1501": r"^(?P<pid>-1|\d{1,9})_c(?P<camera>\d{1,4})s\d+_\d+_\d+",
+    "cuhk03np":   r"^(?P<pid>\d{1,9})_c(?P<camera>\d{1,4})(s\d+)?_",
+    "randperson": r"^(?P<pid>\d{1,9})(?=.*_s(?P<scene>\d{1,4})_)(?=.*_c(?P<camera>\d{1,4})_).*_f\d+\.[^.]+$",
     "msmt17":     r"^\d+_\d+_(?P<camera>\d{1,4})_",
+    "boxes":      r"^(?P<pid>-1|\d{1,9})_c(?P<camera>\d{1,4})(s\d+)?_.*\d",  # sets in the layout of Market-1501
 }
 
 # %% ../nbs/12_layouts.ipynb #52b2ceb9
@@ -35,6 +39,15 @@ def match_file_names(
     "The match of each file name, without its folders; None where the pattern does not match."
     read = re.compile(FILE_NAME_PATTERNS[name], re.IGNORECASE)
     return [read.match(p.rsplit("/", 1)[-1]) for p in paths]
+
+# %% ../nbs/12_layouts.ipynb #f766608b
+def number_cameras(
+    splits: dict[str, Records],  # cameras as they stand in the file names
+) -> dict[str, Records]:
+    "The same splits with cameras counted from 0: less one, unless a camera 0 occurs in any split."
+    first = min((int(r.camera.min()) for r in splits.values() if len(r)), default=1)
+    shift = 0 if first == 0 else 1
+    return {s: Records(r.path, r.pid, r.camera - shift, r.root) for s, r in splits.items()}
 
 # %% ../nbs/12_layouts.ipynb #adc293cd
 CAMERAS_PER_SCENE = np.array([2, 2, 2, 2, 1, 1, 2, 1, 1, 1, 4])   # cameras in each scene of RandPerson
@@ -94,7 +107,7 @@ LAYOUTS = {
         "beside the folders train and test (V2: mask_train_v2 and mask_test_v2)",
         "MSMT17 is given on request: http://www.pkuvmc.com/publications/msmt17.html",
         dict(train=((32621, 1041),), query=((11659, 3060),), gallery=((82161, 3060),)), 15),
-    "folder": Layout("a folder of images", f"images ({', '.join(IMAGE_SUFFIXES)}) in any sub-folders",
+    "folder": Layout("a folder of images", "images (.jpg, .png, .webp, .tif, .gif and others) in any sub-folders",
         "check the path"),
 }
 
@@ -152,6 +165,41 @@ BOX_FOLDERS = dict(train="bounding_box_train", query="query", gallery="bounding_
 CUHK_KINDS = {"cuhk03np-detected": ("detected",), "cuhk03np-labeled": ("labeled", "labelled")}
 LIST_FILES = dict(train=("list_train.txt", "list_val.txt"), query=("list_query.txt",), gallery=("list_gallery.txt",))
 
+# %% ../nbs/12_layouts.ipynb #a2cdc093
+SPLIT_NAMES = {  # lower case, with _ in place of - and space; of gallery and query the first that is there is taken
+    "train": ("bounding_box_train", "train", "training", "trainval", "image_train", "images_train", "bbox_train",
+              "train_images", "val", "valid", "validation", "image_val", "bounding_box_val"),
+    "query": ("query", "queries", "image_query", "images_query", "query_images", "bounding_box_query", "probe"),
+    "gallery": ("bounding_box_test", "gallery", "image_gallery", "gallery_images", "image_test", "images_test", "test",
+                "testing", "bbox_test", "test_images"),
+}
+WHOLE_TRAINING = ("train_all", "trainall")  # contains the other folders of the training split
+NO_SPLIT = ("gt_bbox", "gt_query", "multi_query")  # left out in silence
+
+# %% ../nbs/12_layouts.ipynb #226856db
+def name_splits(
+    names: list[str],  # of folders that lie side by side
+) -> dict[str, list[str]]:
+    "The folders of each split."
+    plain = {re.sub("[- ]", "_", n.lower()): n for n in sorted(names)}
+    found = {s: [plain[k] for k in known if k in plain] for s, known in SPLIT_NAMES.items()}
+    if whole := [plain[k] for k in WHOLE_TRAINING if k in plain]:
+        found["train"] = whole
+    return {s: folders if s == "train" else folders[:1] for s, folders in found.items() if folders}
+
+# %% ../nbs/12_layouts.ipynb #294ef39b
+def split_folders(
+    home: Path,  # a data set's folder
+) -> dict[str, list[str]]:  # 'train', 'query', 'gallery' -> folders relative to `home`
+    "The folders of each split; {} where no test is told apart from training or from its queries."
+    found = name_splits([e.name for e in list_folder(home) if is_folder(e)])
+    if "gallery" in found and "query" not in found:
+        test = found["gallery"][0]
+        inner = name_splits([e.name for e in list_folder(home/test) if is_folder(e)])
+        if {"query", "gallery"} <= inner.keys():
+            found |= {s: [f"{test}/{n}" for n in inner[s]] for s in ("query", "gallery")}
+    return found if "gallery" in found and len(found) > 1 else {}
+
 # %% ../nbs/12_layouts.ipynb #79e44479
 def _candidate_folders(name: str, folder: Path) -> list[Path]:
     "The folders in which the parts of layout `name` could be: `folder`, those in it, and the kinds of CUHK03-NP."
@@ -165,6 +213,11 @@ def _candidate_folders(name: str, folder: Path) -> list[Path]:
     return near
 
 # %% ../nbs/12_layouts.ipynb #3ef611f8
+def has_box_folders(folder: Path) -> bool:
+    "Does `folder` have the folders of Market-1501? A folder query alone is not enough: other layouts have it too."
+    return any((folder/BOX_FOLDERS[s]).exists() for s in ("train", "gallery"))
+
+# %% ../nbs/12_layouts.ipynb #ec84c21c
 def find_dataset_root(
     name: str,     # a layout
     folder: Path,  # the folder that the user gave
@@ -175,7 +228,19 @@ def find_dataset_root(
     near = _candidate_folders(name, folder)
     marks = [f for fs in LIST_FILES.values() for f in fs] if name == "msmt17" else BOX_FOLDERS.values()
     parts = [sum((p/m).exists() for m in marks) for p in near]
+    if name != "msmt17" and not any(has_box_folders(p) for p in near):  # the splits may have other names
+        for p in near:
+            if os.access(p, os.R_OK) and "query" in split_folders(p):
+                return p
     return near[int(np.argmax(parts))] if any(parts) else None
+
+# %% ../nbs/12_layouts.ipynb #8f83d565
+def box_folders(
+    home: Path,  # the folder of a data set in the layout of Market-1501
+) -> dict[str, list[str]]:
+    "The folders of its splits, as they would be called if they are missing."
+    usual = {s: [folder] for s, folder in BOX_FOLDERS.items()}
+    return usual if has_box_folders(home) else usual | split_folders(home)
 
 # %% ../nbs/12_layouts.ipynb #406de985
 def looks_like(
@@ -187,9 +252,13 @@ def looks_like(
     if home is None or name == "msmt17":
         return home is not None
     whole = name in ("randperson", "folder")
-    parts = [home] if whole else [p for b in BOX_FOLDERS.values() if (p := home/b).is_dir()]
+    parts = [home] if whole else [p for bs in box_folders(home).values() for b in bs if (p := home/b).is_dir()]
     some = [n for p in parts for n in itertools.islice(walk_images(p, folders=200), 300)]
-    return bool(some) if name == "folder" else any(match_file_names(some, name.split("-")[0]))
+    if name == "folder":
+        return bool(some)
+    if name == "market1501" and home.name not in sum(CUHK_KINDS.values(), ()):
+        return any(match_file_names(some, "boxes"))
+    return any(match_file_names(some, name.split("-")[0]))
 
 # %% ../nbs/12_layouts.ipynb #74d12f62
 def guess_layouts(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COUNTS_FILE', 'MSMT_FOLDERS', 'write_images', 'check_splits', 'read_counts', 'write_market1501', 'write_cuhk03np',
-           'required_splits', 'records_from_names', 'resolve_dataset_root', 'read_box_folders', 'read_market1501',
-           'read_cuhk03np_detected', 'read_cuhk03np_labeled', 'write_randperson', 'read_randperson', 'write_msmt17',
-           'read_msmt_list', 'leaves_folder', 'paths_outside', 'msmt_folder', 'check_listed', 'read_msmt_split',
-           'read_msmt17', 'merge_splits']
+           'required_splits', 'records_from_names', 'resolve_dataset_root', 'find_box_images', 'read_box_folders',
+           'read_market1501', 'read_cuhk03np_detected', 'read_cuhk03np_labeled', 'write_randperson', 'read_randperson',
+           'write_msmt17', 'read_msmt_list', 'leaves_folder', 'paths_outside', 'msmt_folder', 'check_listed',
+           'read_msmt_split', 'read_msmt17', 'merge_splits']
 
 # %% ../nbs/13_readers.ipynb #465b5d8c
 import functools
@@ -26,10 +26,12 @@ from PIL import Image
 from .core import DomainMixError
 from .files import load_json, save_json
 from domainmix.layouts import (
-    BOX_FOLDERS, CUHK_KINDS, LAYOUTS, LIST_FILES, check_counts, find_dataset_root, match_file_names, randperson_camera,
-    randperson_scene, wrong_layout_error,
+    BOX_FOLDERS, CUHK_KINDS, LAYOUTS, LIST_FILES, box_folders, check_counts, find_dataset_root, match_file_names,
+    number_cameras, randperson_camera, randperson_scene, wrong_layout_error,
 )
-from .records import SPLITS, DataSet, Records, find_images, is_folder, known_ids, list_folder, printable
+from domainmix.records import (
+    SPLITS, DataSet, Records, UnreadKinds, find_images, is_folder, known_ids, list_folder, printable, warn_of_unread,
+)
 
 # %% ../nbs/13_readers.ipynb #db91fd74
 COUNTS_FILE = "counts.json"
@@ -161,8 +163,10 @@ def records_from_names(
     paths: list[str],  # the images found, relative to `root`
     where: str,        # the folder in `root` that was searched, for messages
 ) -> Records:
-    "Identity and camera of every image whose name fits; junk (pid -1) is dropped."
+    "Identity and camera, as it stands in the name, of every image whose name fits; junk (pid -1) is dropped."
     found = match_file_names(paths, name.split("-")[0])
+    if name == "market1501" and not any(found):  # DukeMTMC, VeRi and others have its layout, and similar names
+        found = match_file_names(paths, "boxes")
     odd = [p for p, m in zip(paths, found) if m is None]
     if len(odd) == len(paths):
         place = f" in {where}" if where else ""
@@ -177,10 +181,10 @@ def records_from_names(
 
 # %% ../nbs/13_readers.ipynb #92432a6f
 def _camera_of_name(name: str, match: re.Match) -> int:
-    "The camera of a file name, counted from 0."
+    "The camera of a file name; those of RandPerson are counted from 0 over all its scenes."
     if name == "randperson":
         return randperson_camera(int(match["scene"]), int(match["camera"]))
-    return int(match["camera"]) - 1
+    return int(match["camera"])
 
 # %% ../nbs/13_readers.ipynb #bfcca2a6
 def resolve_dataset_root(
@@ -199,24 +203,45 @@ def resolve_dataset_root(
         raise wrong_layout_error(name, root, f"there is {sign} in it")
     return home
 
+# %% ../nbs/13_readers.ipynb #cb820deb
+def find_box_images(
+    home: Path,           # the data set's folder
+    folders: list[str],   # of one split, relative to it
+    unread: UnreadKinds,  # filled in
+) -> list[str]:
+    "The images of a split, relative to `home`, sorted; folders that are missing have none."
+    there = [folder for folder in folders if (home/folder).is_dir()]
+    return [f"{folder}/{p}" for folder in there for p in find_images(home/folder, unread=unread)]
+
+# %% ../nbs/13_readers.ipynb #1e5f7958
+def _expected_counts(dataset: DataSet) -> dict | None:
+    "No counts at all for a set that only has the layout of Market-1501; None: the published ones."
+    paths = [p for r in dataset.splits.values() for p in r.path]
+    is_other = dataset.name == "market1501" and paths and not any(match_file_names(paths, "market1501"))
+    return dict(counts={}, cameras=None) if is_other else None
+
 # %% ../nbs/13_readers.ipynb #52f5b640
 def read_box_folders(name: str, root: str | Path, need: tuple[str, ...] | None = None) -> DataSet:
     "Market-1501 or CUHK03-NP, as `name` says."
     home = resolve_dataset_root(name, root)
-    written, found = read_counts(home), {}
-    for split, folder in BOX_FOLDERS.items():
-        wanted, paths = split in required_splits(need, written), []
-        if (home/folder).is_dir():
-            paths = [f"{folder}/{p}" for p in find_images(home/folder)]
-        elif wanted:
-            raise wrong_layout_error(name, home, f"it has no folder {folder}")
+    written, found, unread, every = read_counts(home), {}, UnreadKinds(), []
+    for split, folders in box_folders(home).items():
+        wanted, where = split in required_splits(need, written), " and ".join(folders)
+        paths = find_box_images(home, folders, unread)
         if wanted and not paths:
-            raise wrong_layout_error(name, home, f"its folder {folder} contains no image")
+            there = any((home/folder).is_dir() for folder in folders)
+            said = f"its folder {where} contains no image" if there else f"it has no folder {where}"
+            raise wrong_layout_error(name, home, said)
         if paths:
-            found[split] = records_from_names(name, home, paths, folder)
+            found[split] = records_from_names(name, home, paths, where)
+            every += paths
         if wanted and not len(found[split]):
-            raise wrong_layout_error(name, home, f"its folder {folder} holds only junk (pid -1)")
-    return check_counts(DataSet(name, str(home), **found), written)
+            raise wrong_layout_error(name, home, f"its folder {where} holds only junk (pid -1)")
+    warn_of_unread(home, unread)
+    kept = {p for r in found.values() for p in r.path.tolist()}
+    dropped = [p for p in every if p not in kept]
+    dataset = DataSet(name, str(home), **number_cameras(found), unread=unread, dropped=dropped)
+    return check_counts(dataset, written or _expected_counts(dataset))
 
 # %% ../nbs/13_readers.ipynb #1cba47b6
 def read_market1501(
@@ -263,14 +288,16 @@ def read_randperson(
 ) -> DataSet:
     "RandPerson, subset or full, with either order of scene and camera in the names."
     home = resolve_dataset_root("randperson", root)
-    paths = find_images(home, skip=_skip_randperson_folder)
+    unread = UnreadKinds()
+    paths = find_images(home, skip=_skip_randperson_folder, unread=unread)
     if not paths:
         raise wrong_layout_error("randperson", home, "it contains no image")
     for split in check_splits(need or ()):
         if split != "train":
             raise DomainMixError(f"RandPerson has no {split}", "it serves as a source: use its train")
     train = records_from_names("randperson", home, paths, "")
-    return check_counts(DataSet("randperson", str(home), train), read_counts(home))
+    warn_of_unread(home, unread)
+    return check_counts(DataSet("randperson", str(home), train, unread=unread), read_counts(home))
 
 # %% ../nbs/13_readers.ipynb #72151cc1
 MSMT_FOLDERS = dict(v1=("train", "test"), v2=("mask_train_v2", "mask_test_v2"))
@@ -361,7 +388,7 @@ def read_msmt_split(
     home: Path,  # the data set's folder
     split: str,  # 'train', 'query' or 'gallery'
 ) -> Records | None:
-    "One split by its lists; None where they are missing or empty."
+    "One split by its lists, its cameras as in the names; None where the lists are missing or empty."
     files = [f for f in LIST_FILES[split] if (home/f).is_file()]
     rows, lists = sorted({r for f in files for r in read_msmt_list(home/f)}), " and ".join(files)
     if not rows:
@@ -373,7 +400,7 @@ def read_msmt_split(
     if len(set(paths)) < len(paths):
         raise DomainMixError(f"{lists} in {printable(home)} give one image two identities",
                              "use the lists as published")
-    camera = [int(m["camera"]) - 1 for m in match_file_names(paths, "msmt17")]
+    camera = [int(m["camera"]) for m in match_file_names(paths, "msmt17")]
     return Records(paths, [pid for _, pid in rows], camera, str(home))
 
 # %% ../nbs/13_readers.ipynb #cca88d7e
@@ -388,7 +415,7 @@ def read_msmt17(
     for split in required_splits(need, written):
         if split not in found:
             raise wrong_layout_error("msmt17", home, f"{LIST_FILES[split][0]} is missing or empty")
-    return check_counts(DataSet("msmt17", str(home), **found), written)
+    return check_counts(DataSet("msmt17", str(home), **number_cameras(found)), written)
 
 # %% ../nbs/13_readers.ipynb #752aaa69
 def merge_splits(

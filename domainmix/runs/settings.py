@@ -49,6 +49,8 @@ class InputConfig:
     pattern: str | None = None    # regular expression with groups pid and camera, for the file names of folder: sets
     target_pattern: str | None = None  # the pattern of the target, if it is not that of --pattern
     skip_bad: bool = False        # leave unreadable images out, and count them
+    # images of another aspect than height and width: squeezed (stretch), or whole in a frame of one colour (letterbox)
+    aspect: Literal["stretch", "letterbox"] = later_setting("stretch")
     device: str = "auto"          # where to compute: auto, cpu, cuda, xpu or mps
     precision: str = "auto"       # number format of all stages; fp32, bf16 or auto: bf16 where the hardware supports it
     channels_last: Literal["auto", "on", "off"] = "auto"  # channels of a pixel side by side in memory; auto: on
