@@ -38,14 +38,20 @@ class ImageRows:
     pid: np.ndarray     # int64 (N,), the identity; -1 where it is unknown
     camera: np.ndarray  # int64 (N,), counted from 0; -1 where it is unknown
     root: str = ""      # the folder that the paths start from
+    track: np.ndarray | None = None  # int64 (N,), one number for each track of the data set; -1 or None: unknown
+    frame: np.ndarray | None = None  # int64 (N,), when, within the camera; -1 or None: unknown
 
     def __post_init__(self):
         self.path = np.asarray(self.path, dtype=str).reshape(-1)
-        self.pid = np.asarray(self.pid, dtype=np.int64).reshape(-1)
-        self.camera = np.asarray(self.camera, dtype=np.int64).reshape(-1)
         self.root = str(self.root)
-        if not len(self.path) == len(self.pid) == len(self.camera):
-            raise DomainMixError(f"{len(self.path)} paths, {len(self.pid)} identities, {len(self.camera)} cameras",
+        for name in ("pid", "camera", "track", "frame"):
+            given = getattr(self, name)
+            given = np.full(len(self.path), -1) if given is None else given
+            setattr(self, name, np.asarray(given, dtype=np.int64).reshape(-1))
+        n = [len(getattr(self, name)) for name in ("path", "pid", "camera", "track", "frame")]
+        if len(set(n)) > 1:
+            more = f", {n[3]} tracks, {n[4]} frames" if set(n[3:]) != {n[0]} else ""
+            raise DomainMixError(f"{n[0]} paths, {n[1]} identities, {n[2]} cameras{more}",
                                  "give one of each for every image; -1 where it is unknown")
 
     def __len__(self):
@@ -55,7 +61,8 @@ class ImageRows:
         "The rows at `index`: a number, a slice, a mask or an array of row numbers."
         index = index if isinstance(index, (int, slice)) else np.asarray(index)
         rows = np.atleast_1d(np.arange(len(self))[index])
-        return type(self)(self.path[rows], self.pid[rows], self.camera[rows], self.root)
+        track, frame = self.track[rows], self.frame[rows]
+        return type(self)(self.path[rows], self.pid[rows], self.camera[rows], self.root, track, frame)
 
 # %% ../nbs/11_records.ipynb #617a5fa4
 class Records(ImageRows):
@@ -68,13 +75,17 @@ class Records(ImageRows):
     def n_cameras(self) -> int:
         return len(known_ids(self.camera))
 
+    @property
+    def n_tracks(self) -> int:
+        return len(known_ids(self.track))
+
     def relabel(self) -> np.ndarray:
         "Labels 0, 1, ... over the sorted identities."
         return relabel(self.pid)
 
     def without_labels(self) -> "Records":
         "The same images with every identity hidden, as in an unlabelled source."
-        return Records(self.path, np.full(len(self), -1), self.camera, self.root)
+        return Records(self.path, np.full(len(self), -1), self.camera, self.root, self.track, self.frame)
 
     def files(self) -> list[str]:
         "The paths of the images, ready to be opened."
