@@ -1475,6 +1475,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                   'domainmix.tracks.group_tracks': ('tracks.html#group_tracks', 'domainmix/tracks.py'),
                                   'domainmix.tracks.label_single_tracks': ('tracks.html#label_single_tracks', 'domainmix/tracks.py'),
                                   'domainmix.tracks.overlap': ('tracks.html#overlap', 'domainmix/tracks.py'),
+                                  'domainmix.tracks.track_config': ('tracks.html#track_config', 'domainmix/tracks.py'),
                                   'domainmix.tracks.track_means': ('tracks.html#track_means', 'domainmix/tracks.py')},
             'domainmix.training': { 'domainmix.training.GradientReversal': ('training.html#gradientreversal', 'domainmix/training.py'),
                                     'domainmix.training.GradientReversal.backward': ( 'training.html#gradientreversal.backward',

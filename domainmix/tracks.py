@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Tracks', 'group_tracks', 'track_means', 'overlap', 'drop_overlaps', 'constrained_groups', 'clusters_with_overlaps',
-           'divide_overlaps', 'cluster_track_points', 'cluster_tracks', 'label_single_tracks']
+           'divide_overlaps', 'cluster_track_points', 'track_config', 'cluster_tracks', 'label_single_tracks']
 
-# %% ../nbs/33_tracks.ipynb #43835285
-from dataclasses import dataclass
+# %% ../nbs/33_tracks.ipynb #9267096c
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -183,7 +183,19 @@ def cluster_track_points(
     "DBSCAN with the weights of the tracks; overlapping tracks never share a label."
     return divide_overlaps(dbscan(graph, eps, min_samples, tracks.size), graph, eps, min_samples, tracks)
 
-# %% ../nbs/33_tracks.ipynb #e4f566e7
+# %% ../nbs/33_tracks.ipynb #869f3225
+def track_config(
+    config: ClusterConfig,
+    n: int,  # tracks
+) -> ClusterConfig:
+    "The settings for `n` tracks. Where None: k1 is sqrt(tracks)/6, at least 4 and at most 15, k2 is k1/5, at least 2."
+    if n < 3:
+        raise DomainMixError(f"{n} tracks cannot be clustered", "give more footage, or set tracks to off")
+    k1 = min(int(np.clip(round(n**0.5 / 6), 4, 15)), n - 1) if config.k1 is None else config.k1
+    k2 = max(2, k1//5) if config.k2 is None else config.k2
+    return replace(config, k1=k1, k2=k2).resolved(n)
+
+# %% ../nbs/33_tracks.ipynb #f4b5aeda
 def cluster_tracks(
     features: torch.Tensor | np.ndarray,      # (N, D), of images
     tracks: Tracks,                           # of the same images
@@ -193,7 +205,7 @@ def cluster_tracks(
     "Clusters of tracks, with a label for each image; see `cluster`."
     try:
         x = track_means(features, tracks)
-        c = config.resolved(len(x))
+        c = track_config(config, len(x))
         graph = jaccard_graph(x, c.k1, c.k2, max_distance=c.eps + c.eps_gap, method=c.neighbours)
         method = partial(cluster_track_points, tracks=tracks)
         found = cluster_graph(drop_overlaps(graph, tracks), c, threshold, method)
