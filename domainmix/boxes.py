@@ -206,7 +206,7 @@ def tracks_from_ids(
         return rows
     return [(r[0], i, *r[2:]) for r, i in zip(rows, ids)]
 
-# %% ../nbs/18_boxes.ipynb #ba3f9419
+# %% ../nbs/18_boxes.ipynb #b4d0d926
 def read_json_boxes(
     file: str | Path,  # of a detector or a tracker
 ) -> Boxes:
@@ -216,7 +216,8 @@ def read_json_boxes(
         data = json.loads(Path(file).read_text(encoding="utf-8-sig"))
         items = _json_items(data)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise DomainMixError(f"{printable(file)} holds no boxes that can be read: {printable(str(e)[:120])}", remedy) from e
+        what = f"{printable(file)} holds no boxes that can be read: {printable(str(e)[:120])}"
+        raise DomainMixError(what, remedy) from e
     rows, names = [], {}
     for i, (frame, item) in enumerate(items):
         try:

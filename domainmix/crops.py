@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOX_COLUMNS', 'clip_boxes', 'frame_files', 'read_frame', 'import_av', 'read_video', 'VideoError',
            'check_frame_numbers', 'CropOptions', 'spread_over_tracks', 'select_boxes', 'CropReport', 'FrameSource',
-           'crop']
+           'match_numbers', 'crop']
 
 # %% ../nbs/18_crops.ipynb #aeb06e61
 import csv
@@ -39,7 +39,7 @@ def clip_boxes(
     low, high = np.split(np.clip(edges, 0, limit).astype(np.int64), 2, 1)
     return np.concatenate([low, np.maximum(high - low, 0)], 1)
 
-# %% ../nbs/18_crops.ipynb #37c48bd7
+# %% ../nbs/18_crops.ipynb #2ac5502d
 def frame_files(
     folder: str | Path,
     first_frame: int | None = None,  # number of the first image in sorted order; None: numbers from the names
@@ -50,9 +50,10 @@ def frame_files(
     if not names:
         raise DomainMixError(f"{printable(folder)} contains no image",
                              f"give the folder of the frames ({', '.join(IMAGE_SUFFIXES[:3])}, ...), or a video")
-    numbers = [number_in_name(n) for n in names] if first_frame is None else range(first_frame, first_frame + len(names))
+    numbers = [number_in_name(n) if first_frame is None else first_frame + i for i, n in enumerate(names)]
     if None in numbers:
-        raise DomainMixError(f"{printable(names[list(numbers).index(None)])} in {printable(folder)} has no number in its name",
+        odd = printable(names[numbers.index(None)])
+        raise DomainMixError(f"{odd} in {printable(folder)} has no number in its name",
                              "give --first-frame, the number of the first image in the boxes")
     if len(set(numbers)) < len(names):
         number = Counter(numbers).most_common(1)[0][0]
@@ -109,7 +110,7 @@ def _span(numbers) -> str:
     "The lowest and the highest number in words."
     return f"{min(numbers):,} to {max(numbers):,}"
 
-# %% ../nbs/18_crops.ipynb #7622f0d7
+# %% ../nbs/18_crops.ipynb #49741bb7
 def check_frame_numbers(
     frames: set[int],  # the numbers of the frames of a folder
     boxes: Boxes,
@@ -124,7 +125,8 @@ def check_frame_numbers(
     shifted = max(needed) == max(frames) + 1 and min(needed) > min(frames)
     shifted |= min(needed) == min(frames) - 1 and max(needed) < max(frames)
     if shifted and not given:
-        raise DomainMixError(f"{said}: one of them counts from 0 and the other from 1", f"{remedy}, such as {min(needed)}")
+        raise DomainMixError(f"{said}: one of them counts from 0 and the other from 1",
+                             f"{remedy}, such as {min(needed)}")
 
 # %% ../nbs/18_crops.ipynb #33a7c19a
 @dataclass
@@ -208,7 +210,7 @@ class CropReport:
 # %% ../nbs/18_crops.ipynb #7bf9ceb7
 BOX_COLUMNS = ("path", "camera", "track", "frame", "left", "top", "width", "height", "score")  # of boxes.csv
 
-# %% ../nbs/18_crops.ipynb #6a74feb1
+# %% ../nbs/18_crops.ipynb #03124339
 def _write_crops(frames: Iterator, boxes: Boxes, camera: int, suffix: str, part: Path, report: CropReport) -> set[int]:
     "Cut the boxes out of the frames; the numbers of the frames that were there."
     seen, rows_of = set(), {int(f): np.flatnonzero(boxes.frame == f) for f in np.unique(boxes.frame)}
@@ -222,8 +224,8 @@ def _write_crops(frames: Iterator, boxes: Boxes, camera: int, suffix: str, part:
                 continue
             name = crop_name(camera, int(boxes.track[row]), number, i, suffix)
             Image.fromarray(image[top:top+height, left:left+width]).save(part/name, quality=95, subsampling=0)
-            score = boxes.score[row]
-            report.rows.append((name, camera, int(boxes.track[row]), number, *box, "" if np.isnan(score) else f"{score:g}"))
+            score = "" if np.isnan(boxes.score[row]) else f"{boxes.score[row]:g}"
+            report.rows.append((name, camera, int(boxes.track[row]), number, *box, score))
     return seen
 
 # %% ../nbs/18_crops.ipynb #208b8832
@@ -261,32 +263,21 @@ def _video_frames(file: Path, wanted: set[int], first_frame: int, notes: list) -
                                  "give a video that a player opens, or a folder of frames") from e
         notes.append(f"the video cannot be read after frame {read:,}: {printable(str(e)[:120])}")
 
-# %% ../nbs/18_crops.ipynb #6cf3713b
+# %% ../nbs/18_crops.ipynb #03ef635a
 class FrameSource:
     "The frames of a folder or of a video, by number."
     def __init__(
         self,
         path: str | Path,          # a folder of images, or a video
-        first_frame: int | None,   # the number of the first frame; None: see `match_numbers`, or the names of images
+        first_frame: int | None,   # the number of the first frame; None: names of images, or see `match_numbers`
         skip_bad: bool = False,    # leave images out that cannot be read
     ):
         self.path, self.skip_bad, self.notes, self.first_frame = Path(path).expanduser(), skip_bad, [], first_frame
         if not os.path.exists(self.path):
             raise DomainMixError(f"{printable(self.path)} is not there", "give a folder of frames, or a video")
-        if first_frame is not None and first_frame < 0:
-            raise DomainMixError(f"--first-frame is {first_frame}", "give 0 or more")
         self.files = frame_files(self.path, first_frame) if self.path.is_dir() else None
         if self.files is None:
             import_av()
-
-    def match_numbers(self, boxes: Boxes) -> None:
-        "Refuse frames that do not fit the boxes; a video is counted from 0 if there are boxes of frame 0, else from 1."
-        if self.files is not None:
-            check_frame_numbers(set(self.files), boxes, self.first_frame is not None)
-        elif self.first_frame is None:
-            self.first_frame = int(boxes.frame.min() > 0)
-            self.notes.append(f"the first frame of the video counts as frame {self.first_frame}, as --first-frame "
-                              f"{self.first_frame} says")
 
     def read(self, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
         "The wanted frames that are there: number and image, uint8 (H, W, 3)."
@@ -301,7 +292,17 @@ class FrameSource:
             raise DomainMixError(f"no frame of {printable(self.path)} can be read", "give another folder, or a video")
         return first[1].shape[:2]
 
-# %% ../nbs/18_crops.ipynb #a4aefa18
+# %% ../nbs/18_crops.ipynb #f4a0c9be
+def match_numbers(source: FrameSource, boxes: Boxes) -> None:
+    "Refuse frames that do not fit the boxes; a video is counted from 0 if there are boxes of frame 0, else from 1."
+    if source.files is not None:
+        check_frame_numbers(set(source.files), boxes, source.first_frame is not None)
+    elif source.first_frame is None:
+        source.first_frame = int(boxes.frame.min() > 0)
+        source.notes.append(f"the first frame of the video counts as frame {source.first_frame}; --first-frame changes "
+                            "this")
+
+# %% ../nbs/18_crops.ipynb #e496f446
 def _note_missing(boxes: Boxes, seen: set[int], source: FrameSource, report: CropReport) -> None:
     "Count the boxes whose frames are not there."
     missing = boxes.frame[~np.isin(boxes.frame, list(seen))]
@@ -309,35 +310,38 @@ def _note_missing(boxes: Boxes, seen: set[int], source: FrameSource, report: Cro
         return
     report.left_out["of frames that are not there"] = len(missing)
     where = "the video ends early" if source.files is None and min(missing) > max(seen) else "frames are missing"
-    report.notes.append(f"{where}: the boxes are of frames {_span(boxes.frame)}, the first one missing is {min(missing):,}")
+    report.notes.append(f"{where}: the boxes are of frames {_span(boxes.frame)}, the first one missing is "
+                        f"{min(missing):,}")
 
-# %% ../nbs/18_crops.ipynb #75f0f947
-def _check_output(out: Path, camera: int, image_format: str) -> None:
+# %% ../nbs/18_crops.ipynb #66634acc
+def _check_output(out: Path, camera: int, first_frame: int | None, image_format: str) -> None:
     "Refuse a folder that is not empty, and what cannot be written into a name."
     if not 0 <= camera < 10**9:
         raise DomainMixError(f"--camera is {camera}", "give the number of the camera, from 0")
+    if first_frame is not None and first_frame < 0:
+        raise DomainMixError(f"--first-frame is {first_frame}", "give 0 or more")
     if image_format not in ("jpg", "png"):
         raise DomainMixError(f"--format is {image_format!r}", "use jpg or png")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DomainMixError(f"{printable(out)} exists and is not empty", "give a new folder, one for each video")
 
-# %% ../nbs/18_crops.ipynb #08785238
+# %% ../nbs/18_crops.ipynb #b82e53b4
 def crop(
     frames: str | Path,              # a folder of images, one for each frame, or a video
     boxes: Boxes | str | Path,       # boxes, or their file: .txt (MOTChallenge) or .json
     out: str | Path,                 # the folder to make; it must be empty or missing
     camera: int = 0,                 # the number of the camera, from 0
-    first_frame: int | None = None,  # what the boxes call the first frame; None: see `FrameSource.match_numbers`
+    first_frame: int | None = None,  # what the boxes call the first frame; None: see `match_numbers`
     options: CropOptions = CropOptions(),
     image_format: str = "jpg",       # jpg (quality 95) or png
     skip_bad: bool = False,          # leave frames out that cannot be read
 ) -> CropReport:
     "Cut people out of frames, into a folder of crops that are named by camera, track and frame."
     out = Path(os.path.abspath(Path(out).expanduser()))
-    _check_output(out, camera, image_format)
+    _check_output(out, camera, first_frame, image_format)
     boxes = boxes if isinstance(boxes, Boxes) else read_boxes(boxes)
     source = FrameSource(frames, first_frame, skip_bad)
-    source.match_numbers(boxes)
+    match_numbers(source, boxes)
     chosen, left_out = select_boxes(boxes, options, source.size(set(boxes.frame.tolist())))
     report = CropReport(out, left_out=left_out)
     if len(chosen):

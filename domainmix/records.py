@@ -30,6 +30,19 @@ def relabel(
     "Labels 0, 1, ... over the sorted identities; -1 stays."
     return np.where(pid >= 0, np.searchsorted(known_ids(pid), pid), -1).astype(np.int64)
 
+# %% ../nbs/11_records.ipynb #166d7a3b
+def _whole_numbers(values, n: int) -> np.ndarray:
+    "A column of int64; `n` times -1 for None."
+    return np.asarray(np.full(n, -1) if values is None else values, dtype=np.int64).reshape(-1)
+
+# %% ../nbs/11_records.ipynb #999294fd
+def _check_lengths(paths: int, pids: int, cameras: int, tracks: int, frames: int) -> None:
+    "Refuse columns of different lengths."
+    if not paths == pids == cameras == tracks == frames:
+        more = "" if paths == tracks == frames else f", {tracks} tracks, {frames} frames"
+        raise DomainMixError(f"{paths} paths, {pids} identities, {cameras} cameras{more}",
+                             "give one of each for every image; -1 where it is unknown")
+
 # %% ../nbs/11_records.ipynb #16b5b2a8
 @dataclass
 class ImageRows:
@@ -42,17 +55,10 @@ class ImageRows:
     frame: np.ndarray | None = None  # int64 (N,), when, within the camera; -1 or None: unknown
 
     def __post_init__(self):
-        self.path = np.asarray(self.path, dtype=str).reshape(-1)
-        self.root = str(self.root)
+        self.path, self.root = np.asarray(self.path, dtype=str).reshape(-1), str(self.root)
         for name in ("pid", "camera", "track", "frame"):
-            given = getattr(self, name)
-            given = np.full(len(self.path), -1) if given is None else given
-            setattr(self, name, np.asarray(given, dtype=np.int64).reshape(-1))
-        n = [len(getattr(self, name)) for name in ("path", "pid", "camera", "track", "frame")]
-        if len(set(n)) > 1:
-            more = f", {n[3]} tracks, {n[4]} frames" if set(n[3:]) != {n[0]} else ""
-            raise DomainMixError(f"{n[0]} paths, {n[1]} identities, {n[2]} cameras{more}",
-                                 "give one of each for every image; -1 where it is unknown")
+            setattr(self, name, _whole_numbers(getattr(self, name), len(self.path)))
+        _check_lengths(len(self.path), len(self.pid), len(self.camera), len(self.track), len(self.frame))
 
     def __len__(self):
         return len(self.path)

@@ -218,6 +218,7 @@ def cluster_labels(
 ) -> tuple[Clusters, np.ndarray]:
     "Clusters, and the labels (N,) of the reliable images and of single tracks; -1 for the others."
     if config.camera_centre and (camera >= 0).any(): features = camera_centre(features, camera)
+    if config.tracks == "off": tracks = None
     if tracks is None: clusters = cluster(features, config.cluster, threshold)
     else: clusters = cluster_tracks(features, tracks, config.cluster, threshold)
     label = reliable_labels(clusters)
@@ -305,11 +306,9 @@ class UnionBatches:
         synthetic: TrainSet | None,   # labelled; None: only real images
         images: Tensor | ImageStack,  # (N, 3, H, W) uint8, real
         camera: Tensor | None,        # (N,) of the real images, -1 where unknown
-        config: SpCLConfig, device: torch.device,
-        tracks: Tracks | None = None,  # of the real images, if they are known
+        config: SpCLConfig, device: torch.device, tracks: Tracks | None = None,  # of the real images, if known
     ):
-        self.config, self.device, self.synthetic = config, device, synthetic
-        self.tracks = tracks if config.tracks == "auto" else None
+        self.config, self.device, self.synthetic, self.tracks = config, device, synthetic, tracks
         check_divisible(config.p, "stage1")
         self.camera = torch.full((len(images),), -1) if camera is None else torch.as_tensor(camera).long()
         self.images = _image_sets(synthetic, images, device)
