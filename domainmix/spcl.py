@@ -452,8 +452,7 @@ def adapt(
     "SpCL: adapt a network to unlabelled real images, and cluster these."
     device, c = pick_device(device), from_dict(type(config), to_dict(config))   # refuses a wrong setting
     union_batches = UnionBatches(synthetic if c.synthetic else None, real_images, real_camera, c, device, tracks)
-    key = adapt_key(net, union_batches, seed)
-    net, memory, optimiser = _adapt_state(net, union_batches)
+    key, (net, memory, optimiser) = adapt_key(net, union_batches, seed), _adapt_state(net, union_batches)
     lr = lr_schedule(c.lr, c.epochs, c.iterations, c.schedule, c.milestones, warmup=c.warmup)
     parts = dict(net=net, memory=memory, optimiser=optimiser)
     with StageRun(stage, c.epochs, lr.size, key, parts, folder, log, device) as run:
