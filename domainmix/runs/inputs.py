@@ -149,7 +149,7 @@ def check_split(
         raise DomainMixError(
             f"{what} has one camera only ({n})",
             "people are matched across cameras: add a second one; if the file names do not name cameras, "
-            "leave the group camera out of the pattern",
+            "leave the group camera out of the pattern, and read crops of one camera as folder:DIR",
         )
     return records
 
