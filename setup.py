@@ -47,6 +47,8 @@ setup(
         "images": words("images_requirements"),
         # To export a network, and to run what was exported.
         "onnx": words("onnx_requirements"),
+        # To cut crops out of videos (frames as images need nothing more).
+        "video": words("video_requirements"),
         # To look at the curves of runs in TensorBoard.
         "tensorboard": words("tensorboard_requirements"),
         # One run on several GPUs or machines.
@@ -60,7 +62,7 @@ setup(
         # To build the website.
         "docs": words("docs_requirements"),
         "dev": words("dev_requirements") + words("docs_requirements") + words("notebooks_requirements") + words("fast_requirements") + words("onnx_requirements")
-        + words("tensorboard_requirements") + words("scale_requirements"),
+        + words("video_requirements") + words("tensorboard_requirements") + words("scale_requirements"),
     },
     entry_points={"console_scripts": words("console_scripts")},
     zip_safe=False,

@@ -67,8 +67,8 @@ DATASET_TERMS = {
     "world": "made by this package, shows no real person; Apache-2.0",
     "randperson": "rendered people; no licence is stated with it: ask its authors before any use but research",
     **{name: _RESEARCH_TERMS for name in ("market1501", "cuhk03np-detected", "cuhk03np-labeled", "msmt17")},
-    "folder": "images of whoever trained the network: "
-              "their consent, law and licence govern weights trained on them",
+    **{name: "images of whoever trained the network: their consent, law and licence govern weights trained on them"
+       for name in ("crops", "folder")},
     "imagenet": "the network started from ImageNet weights; ImageNet's images are for non-commercial research",
 }
 RESEARCH_ONLY = [name for name, terms in DATASET_TERMS.items() if "research" in terms]

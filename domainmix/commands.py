@@ -25,6 +25,7 @@ import numpy as np
 from .bench.speed import SUITES, bench, bench_text
 from .bench.training import STEP_VARIANTS
 from .core import DomainMixError, to_jsonable
+from .crop_commands import CropCommand, do_crop
 from .datasets import write_world
 from .deploy import embed_onnx, export
 from .files import save_json, write_atomic
@@ -482,6 +483,7 @@ COMMANDS: dict[str, tuple[type, Callable, dict]] = {
     "look": (LookCommand, do_look, {}),
     "tune": (TuneCommand, do_tune, {}),
     "export": (ExportCommand, do_export, {}),
+    "crop": (CropCommand, do_crop, {}),
     "world": (WorldCommand, do_world, {}),
     "report": (ReportCommand, do_report, {}),
     "runs": (RunsCommand, do_runs, {}),

@@ -29,6 +29,7 @@ FILE_NAME_PATTERNS = {
     "randperson": r"^(?P<pid>\d{1,9})(?=.*_s(?P<scene>\d{1,4})_)(?=.*_c(?P<camera>\d{1,4})_).*_f\d+\.[^.]+$",
     "msmt17":     r"^\d+_\d+_(?P<camera>\d{1,4})_",
     "boxes":      r"^(?P<pid>-1|\d{1,9})_c(?P<camera>\d{1,4})(s\d+)?_.*\d",  # sets in the layout of Market-1501
+    "crops":      r"^c(?P<camera>\d{1,9})(?:_t(?P<track>\d{1,18}))?_f(?P<frame>\d{1,12})(?:_\d+)?\.\w+$",
 }
 
 # %% ../nbs/12_layouts.ipynb #52b2ceb9
@@ -107,6 +108,8 @@ LAYOUTS = {
         "beside the folders train and test (V2: mask_train_v2 and mask_test_v2)",
         "MSMT17 is given on request: http://www.pkuvmc.com/publications/msmt17.html",
         dict(train=((32621, 1041),), query=((11659, 3060),), gallery=((82161, 3060),)), 15),
+    "crops": Layout("a folder of crops", "files such as c000_t000012_f000345.jpg, in any sub-folders",
+        "domainmix crop makes it from frames, or a video, and boxes"),
     "folder": Layout("a folder of images", "images (.jpg, .png, .webp, .tif, .gif and others) in any sub-folders",
         "check the path"),
 }
@@ -223,7 +226,7 @@ def find_dataset_root(
     folder: Path,  # the folder that the user gave
 ) -> Path | None:
     "The folder that holds the parts of layout `name`, or None."
-    if name in ("randperson", "folder"):
+    if name in ("randperson", "crops", "folder"):
         return folder
     near = _candidate_folders(name, folder)
     marks = [f for fs in LIST_FILES.values() for f in fs] if name == "msmt17" else BOX_FOLDERS.values()
@@ -251,7 +254,7 @@ def looks_like(
     home = find_dataset_root(name, folder)
     if home is None or name == "msmt17":
         return home is not None
-    whole = name in ("randperson", "folder")
+    whole = name in ("randperson", "crops", "folder")
     parts = [home] if whole else [p for bs in box_folders(home).values() for b in bs if (p := home/b).is_dir()]
     some = [n for p in parts for n in itertools.islice(walk_images(p, folders=200), 300)]
     if name == "folder":

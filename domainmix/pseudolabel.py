@@ -13,7 +13,7 @@ import csv
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal
 
 import numpy as np
 import torch
@@ -39,13 +39,14 @@ def dbscan(
     graph: sparse.csr_array,  # (N, N) symmetric distances, complete up to `eps`, with the diagonal and zeros
     eps: float,               # largest distance of two neighbours
     min_samples: int,         # neighbours of a core point, itself included
+    weight: np.ndarray | None = None,  # (N,), how many neighbours a point counts as; None: one each
 ) -> np.ndarray:              # (N,) int64
     "The labels that scikit-learn's DBSCAN gives for the dense matrix; -1 for outliers."
     _check_eps(graph, eps)
     n, edges = graph.shape[0], graph.tocoo()
     near = edges.data <= np.float32(eps)
     i, j = edges.row[near], edges.col[near]
-    core = np.bincount(i, minlength=n) >= min_samples
+    core = np.bincount(i, None if weight is None else weight[j], minlength=n) >= min_samples
     between_cores, to_border = core[i] & core[j], core[i] & ~core[j]
     links = (np.ones(between_cores.sum(), bool), (i[between_cores], j[between_cores]))
     part = connected_components(sparse.coo_array(links, shape=(n, n)), directed=False)[1]
@@ -180,10 +181,11 @@ def cluster_graph(
     graph: sparse.csr_array,                  # (N, N) from `jaccard_graph`, complete up to eps + eps_gap
     config: ClusterConfig = ClusterConfig(),  # eps and min_samples; the neighbours are those of the graph
     threshold: float | None = None,           # of independence, from epoch 0; None: measure it now
+    method: Callable = dbscan,                # graph, eps and min_samples -> labels
 ) -> Clusters:
     "`cluster` for a graph that was computed before."
     c = config.resolved(graph.shape[0])
-    labels, tight, loose = (dbscan(graph, e, c.min_samples) for e in (c.eps, c.eps - c.eps_gap, c.eps + c.eps_gap))
+    labels, tight, loose = (method(graph, e, c.min_samples) for e in (c.eps, c.eps - c.eps_gap, c.eps + c.eps_gap))
     _check_clusters(labels, c)
     comp, indep = cluster_disagreement(labels, tight), cluster_disagreement(labels, loose)
     if threshold is None: threshold = independence_threshold(labels, indep)

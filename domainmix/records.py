@@ -34,6 +34,19 @@ def relabel(
     "Labels 0, 1, ... over the sorted identities; -1 stays."
     return np.where(pid >= 0, np.searchsorted(known_ids(pid), pid), -1).astype(np.int64)
 
+# %% ../nbs/11_records.ipynb #166d7a3b
+def _whole_numbers(values, n: int) -> np.ndarray:
+    "A column of int64; `n` times -1 for None."
+    return np.asarray(np.full(n, -1) if values is None else values, dtype=np.int64).reshape(-1)
+
+# %% ../nbs/11_records.ipynb #999294fd
+def _check_lengths(paths: int, pids: int, cameras: int, tracks: int, frames: int) -> None:
+    "Refuse columns of different lengths."
+    if not paths == pids == cameras == tracks == frames:
+        more = "" if paths == tracks == frames else f", {tracks} tracks, {frames} frames"
+        raise DomainMixError(f"{paths} paths, {pids} identities, {cameras} cameras{more}",
+                             "give one of each for every image; -1 where it is unknown")
+
 # %% ../nbs/11_records.ipynb #16b5b2a8
 @dataclass
 class ImageRows:
@@ -42,15 +55,14 @@ class ImageRows:
     pid: np.ndarray     # int64 (N,), the identity; -1 where it is unknown
     camera: np.ndarray  # int64 (N,), counted from 0; -1 where it is unknown
     root: str = ""      # the folder that the paths start from
+    track: np.ndarray | None = None  # int64 (N,), one number for each track of the data set; -1 or None: unknown
+    frame: np.ndarray | None = None  # int64 (N,), when, within the camera; -1 or None: unknown
 
     def __post_init__(self):
-        self.path = np.asarray(self.path, dtype=str).reshape(-1)
-        self.pid = np.asarray(self.pid, dtype=np.int64).reshape(-1)
-        self.camera = np.asarray(self.camera, dtype=np.int64).reshape(-1)
-        self.root = str(self.root)
-        if not len(self.path) == len(self.pid) == len(self.camera):
-            raise DomainMixError(f"{len(self.path)} paths, {len(self.pid)} identities, {len(self.camera)} cameras",
-                                 "give one of each for every image; -1 where it is unknown")
+        self.path, self.root = np.asarray(self.path, dtype=str).reshape(-1), str(self.root)
+        for name in ("pid", "camera", "track", "frame"):
+            setattr(self, name, _whole_numbers(getattr(self, name), len(self.path)))
+        _check_lengths(len(self.path), len(self.pid), len(self.camera), len(self.track), len(self.frame))
 
     def __len__(self):
         return len(self.path)
@@ -59,7 +71,8 @@ class ImageRows:
         "The rows at `index`: a number, a slice, a mask or an array of row numbers."
         index = index if isinstance(index, (int, slice)) else np.asarray(index)
         rows = np.atleast_1d(np.arange(len(self))[index])
-        return type(self)(self.path[rows], self.pid[rows], self.camera[rows], self.root)
+        track, frame = self.track[rows], self.frame[rows]
+        return type(self)(self.path[rows], self.pid[rows], self.camera[rows], self.root, track, frame)
 
 # %% ../nbs/11_records.ipynb #617a5fa4
 class Records(ImageRows):
@@ -72,13 +85,17 @@ class Records(ImageRows):
     def n_cameras(self) -> int:
         return len(known_ids(self.camera))
 
+    @property
+    def n_tracks(self) -> int:
+        return len(known_ids(self.track))
+
     def relabel(self) -> np.ndarray:
         "Labels 0, 1, ... over the sorted identities."
         return relabel(self.pid)
 
     def without_labels(self) -> "Records":
         "The same images with every identity hidden, as in an unlabelled source."
-        return Records(self.path, np.full(len(self), -1), self.camera, self.root)
+        return Records(self.path, np.full(len(self), -1), self.camera, self.root, self.track, self.frame)
 
     def files(self) -> list[str]:
         "The paths of the images, ready to be opened."

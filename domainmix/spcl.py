@@ -26,7 +26,7 @@ from .batches import AugmentConfig, ImageStack, PKSampler, TrainSet, augment, au
 from .checkpoint import StageRun, data_key, weights_key
 from .capture import StepRecorder, may_record
 from domainmix.core import (
-    DomainMixError, autocast, from_dict, generator, later_setting, pick_device, to_dict, widest_float,
+    DomainMixError, autocast, fingerprint, from_dict, generator, later_setting, pick_device, to_dict, widest_float,
 )
 from .distributed import all_gather_rows, call_on_rank0, check_divisible, mean_gradients, process_rows
 from .knn import camera_centre
@@ -35,6 +35,7 @@ from .norms import DomainBatchNorm, from_domain_bn, set_bn_domain, to_domain_bn,
 from .optimiser import adam, memory_layout, move_to_device
 from .pseudolabel import ClusterConfig, Clusters, cluster, label_quality, outliers_as_classes, reliable_labels
 from .schedule import lr_schedule, set_lr
+from .tracks import Tracks, cluster_tracks, label_single_tracks
 
 # %% ../nbs/34_spcl.ipynb #f8a443fa
 @dataclass
@@ -73,6 +74,8 @@ class SpCLConfig(SpCLSchedule):
     fused: Literal["auto", "on", "off"] = "auto"  # Adam in one pass over memory; auto: on where torch supports it
     # replay each training step as a CUDA graph; auto: on a GPU, if one process trains and Adam is fused
     capture: Literal["auto", "on", "off"] = later_setting("auto")
+    # where images belong to tracks: cluster tracks in place of images (auto), or take no notice of them (off)
+    tracks: Literal["auto", "off"] = later_setting("auto")
 
 # %% ../nbs/34_spcl.ipynb #c1274c5b
 def memory_scores(
@@ -211,23 +214,32 @@ def cluster_labels(
     camera: Tensor,           # (N,), -1 where unknown
     config: SpCLConfig,
     threshold: float | None,  # measured in the first epoch; None: this is the first epoch
+    tracks: Tracks | None = None,  # of the images, if they are known
 ) -> tuple[Clusters, np.ndarray]:
-    "Clusters, and the labels (N,) of the reliable images; -1 for the others."
+    "Clusters, and the labels (N,) of the reliable images and of single tracks; -1 for the others."
     if config.camera_centre and (camera >= 0).any(): features = camera_centre(features, camera)
-    clusters = cluster(features, config.cluster, threshold)
+    if config.tracks == "off": tracks = None
+    if tracks is None: clusters = cluster(features, config.cluster, threshold)
+    else: clusters = cluster_tracks(features, tracks, config.cluster, threshold)
     label = reliable_labels(clusters)
     if label.max() < 1:
         raise DomainMixError(f"only {label.max() + 1} of {clusters.n_clusters} clusters are reliable",
                              "set cluster.reliability to false, raise cluster.eps, or train the features longer")
-    return clusters, label
+    return clusters, label if tracks is None else label_single_tracks(label, tracks)
 
 # %% ../nbs/34_spcl.ipynb #c25e3db5
-def update_labels(memory: RealLabels, features: Tensor, camera: Tensor, config: SpCLConfig) -> Clusters:
+def update_labels(
+    memory: RealLabels,
+    features: Tensor,              # (N, D)
+    camera: Tensor,                # (N,), -1 where unknown
+    config: SpCLConfig,
+    tracks: Tracks | None = None,  # of the images, if they are known
+) -> Clusters:
     "Set the labels of the memory by clustering `features`; if there are no clusters, keep the labels it has."
     measured = memory.threshold.item() >= 0
     threshold = memory.threshold.item() if measured else None
     try:
-        clusters, label = call_on_rank0(lambda: cluster_labels(features, camera, config, threshold))
+        clusters, label = call_on_rank0(lambda: cluster_labels(features, camera, config, threshold, tracks))
     except DomainMixError as e:
         if not measured: raise
         warnings.warn(f"{e.what}; the labels of the previous epoch are kept")
@@ -294,9 +306,9 @@ class UnionBatches:
         synthetic: TrainSet | None,   # labelled; None: only real images
         images: Tensor | ImageStack,  # (N, 3, H, W) uint8, real
         camera: Tensor | None,        # (N,) of the real images, -1 where unknown
-        config: SpCLConfig, device: torch.device,
+        config: SpCLConfig, device: torch.device, tracks: Tracks | None = None,  # of the real images, if known
     ):
-        self.config, self.device, self.synthetic = config, device, synthetic
+        self.config, self.device, self.synthetic, self.tracks = config, device, synthetic, tracks
         check_divisible(config.p, "stage1")
         self.camera = torch.full((len(images),), -1) if camera is None else torch.as_tensor(camera).long()
         self.images = _image_sets(synthetic, images, device)
@@ -380,7 +392,8 @@ def adapt_key(net: ReIDNet, union_batches: UnionBatches, seed: int) -> dict:
     "What must be equal for a checkpoint to be resumed."
     real, a = data_key(union_batches.images[-1], union_batches.camera), union_batches.synthetic
     synthetic = None if a is None else data_key(a.images, a.label, a.camera)
-    return dict(config=to_dict(union_batches.config), seed=seed, net=weights_key(net), real=real, synthetic=synthetic)
+    key = dict(config=to_dict(union_batches.config), seed=seed, net=weights_key(net), real=real, synthetic=synthetic)
+    return key if union_batches.tracks is None else key | dict(tracks=fingerprint(vars(union_batches.tracks)))
 
 # %% ../nbs/34_spcl.ipynb #e6da2ade
 def _adapt_epoch(
@@ -400,7 +413,7 @@ def _adapt_epoch(
         memory.relabel(memory.label.cpu().numpy())
     else:
         if epoch == 0 or config.refresh: init_memory(memory, net, union_batches, synthetic=epoch == 0)
-        update_labels(memory, memory.real, union_batches.camera, config)
+        update_labels(memory, memory.real, union_batches.camera, config, union_batches.tracks)
     label = memory.label.cpu().numpy()
     rngs = generator(seed, stage, epoch), generator(seed, stage, epoch, "augment", device=device)
     train_epoch(net, memory, union_batches, optimiser, lr, union_batches.batches(label, *rngs, run.done), run)
@@ -418,7 +431,7 @@ def _adapt_state(net: ReIDNet, union_batches: UnionBatches) -> tuple[ReIDNet, Me
 def _adapt_result(net: ReIDNet, memory: MemoryBank, union_batches: UnionBatches):
     "The network with the batch norms of the real domain, the last clusters, and the features (N, D)."
     features = union_batches.embed(net, union_batches.images[-1], 1, union_batches.config.label_feature)
-    clusters = update_labels(memory, features, union_batches.camera, union_batches.config)
+    clusters = update_labels(memory, features, union_batches.camera, union_batches.config, union_batches.tracks)
     return from_domain_bn(net, 1).eval(), clusters, features.cpu().numpy()
 
 # %% ../nbs/34_spcl.ipynb #e6c18406
@@ -434,12 +447,12 @@ def adapt(
     folder: str | Path | None = None,      # for last.ckpt and log.jsonl; a checkpoint in it is resumed
     log: Callable[..., object] | None = None,  # called with the numbers of each epoch
     truth: np.ndarray | None = None,       # (N,) true identities, only to log the quality of the labels
+    tracks: Tracks | None = None,          # of the real images, from `group_tracks`; None: unknown
 ) -> tuple[ReIDNet, Clusters, np.ndarray]: # the network, the last clusters, the features (N, D) float32
     "SpCL: adapt a network to unlabelled real images, and cluster these."
     device, c = pick_device(device), from_dict(type(config), to_dict(config))   # refuses a wrong setting
-    union_batches = UnionBatches(synthetic if c.synthetic else None, real_images, real_camera, c, device)
-    key = adapt_key(net, union_batches, seed)
-    net, memory, optimiser = _adapt_state(net, union_batches)
+    union_batches = UnionBatches(synthetic if c.synthetic else None, real_images, real_camera, c, device, tracks)
+    key, (net, memory, optimiser) = adapt_key(net, union_batches, seed), _adapt_state(net, union_batches)
     lr = lr_schedule(c.lr, c.epochs, c.iterations, c.schedule, c.milestones, warmup=c.warmup)
     parts = dict(net=net, memory=memory, optimiser=optimiser)
     with StageRun(stage, c.epochs, lr.size, key, parts, folder, log, device) as run:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import DomainMixError, generator
+from .core import DomainMixError, generator, later_setting
 
 # %% ../nbs/10_world.ipynb #0ae4a4f8
 WORLD_VERSION = 1  # raise it when a change of this module changes a pixel
@@ -1139,6 +1139,7 @@ class WorldConfig:
     width: int = 32               # columns of an image
     seed: int = 0                 # seed of the random numbers: another seed gives another world
     held_out: float = .1          # share of B's identities that are kept for its own test
+    tracks: bool = later_setting(False)  # tell a run the tracks of B: which images show one identity in one camera
 
 # %% ../nbs/10_world.ipynb #50ed3144
 def draw_world(

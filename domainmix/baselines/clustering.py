@@ -23,7 +23,9 @@ from ..backbone import ReIDNet
 from ..batches import TrainSet
 from ..checkpoint import StageRun
 from ..classifier import class_scores, ClassifierNet, compile_net, initial_classifier, mean_features
-from ..core import autocast, DomainMixError, from_dict, generator, pick_device, rank_and_size, to_dict
+from domainmix.core import (
+    autocast, DomainMixError, from_dict, generator, later_setting, pick_device, rank_and_size, to_dict,
+)
 from ..distributed import mean_gradients
 from ..loading import BatchLoader
 from ..norms import from_domain_bn, to_ghost_bn
@@ -31,6 +33,7 @@ from ..optimiser import adam, make_ema, move_to_device
 from ..pseudolabel import ClusterConfig, Clusters
 from ..schedule import lr_schedule, set_lr, TrainConfig
 from ..spcl import adapt_key, epoch_label_log, RealLabels, UnionBatches, update_labels
+from ..tracks import Tracks
 from ..training import backbone_loss
 
 # %% ../../nbs/baselines/00_clustering.ipynb #b0d1a81a
@@ -51,6 +54,8 @@ class PlainConfig(TrainConfig):
     camera_centre: bool = False          # if cameras are known: subtract the mean feature of each before clustering
     flip: bool = False                   # cluster the mean feature of an image and its mirror image
     label_feature: Literal["neck", "raw"] = "neck"  # final labels by features after (neck) or before (raw) the BN neck
+    # where images belong to tracks: cluster tracks in place of images (auto), or take no notice of them (off)
+    tracks: Literal["auto", "off"] = later_setting("auto")
 
 # %% ../../nbs/baselines/00_clustering.ipynb #5c3be67b
 class AveragedNet:
@@ -215,7 +220,7 @@ def run_cluster_epoch(
     "Cluster the images, train on the clusters for one epoch, and log both."
     features = embed_learners(learners, mix)
     if not run.done:            # else the epoch was left in the middle, and its labels are in the checkpoint
-        update_labels(labels, mean_direction(features), mix.camera, mix.config)
+        update_labels(labels, mean_direction(features), mix.camera, mix.config, mix.tracks)
     loader = start_cluster_epoch(learners, labels.label.cpu(), features, mix, seed, stage, epoch)
     apart = feature_distance(features)
     run.keep_for_epoch(apart=apart, **parts_of_epoch(learners))
@@ -243,7 +248,7 @@ def train_on_clusters(
         for epoch in run:
             run_cluster_epoch(learners, epoch_function, mix, labels, seed, stage, epoch, lr[epoch], truth, run)
     features = mean_direction(embed_learners(learners, mix, config.label_feature))
-    clusters = update_labels(labels, features, mix.camera, config)
+    clusters = update_labels(labels, features, mix.camera, config, mix.tracks)
     return from_domain_bn(learners[0].inference_net, 1).eval(), clusters, features.cpu().numpy()
 
 # %% ../../nbs/baselines/00_clustering.ipynb #83757a59
@@ -260,10 +265,11 @@ def adapt_plain(
     folder: str | Path | None = None,          # for last.ckpt and log.jsonl; a checkpoint there is resumed
     log: Callable[..., object] | None = None,  # called with the numbers of each epoch
     truth: np.ndarray | None = None,           # (N,) true identities, to log how good the labels are; else not used
+    tracks: Tracks | None = None,              # of the real images, from `group_tracks`; None: unknown
 ) -> tuple[ReIDNet, Clusters, np.ndarray]:     # the network, the last clusters, the features (N, D) float32
     "Plain clustering and fine-tuning."
     device, config = pick_device(device), from_dict(type(config), to_dict(config))   # reports a wrong setting by name
-    mix = UnionBatches(None, real_images, real_camera, config, device)
+    mix = UnionBatches(None, real_images, real_camera, config, device, tracks)
     learners = [Learner(net, config, device, real_images[:2])]
     key = adapt_key(net, mix, seed)
     return train_on_clusters(learners, fine_tune_epoch, mix, key, seed, stage, folder, log, truth)

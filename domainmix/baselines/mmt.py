@@ -28,6 +28,7 @@ from ..loading import BatchLoader
 from ..losses import hardest_pairs, id_loss, triplet_loss
 from ..pseudolabel import Clusters
 from ..spcl import adapt_key, UnionBatches
+from ..tracks import Tracks
 
 # %% ../../nbs/baselines/01_mmt.ipynb #37ff9904
 @dataclass
@@ -170,11 +171,12 @@ def adapt_mmt(
     log: Callable[..., object] | None = None,  # called with the numbers of each epoch
     truth: np.ndarray | None = None,           # (N,) true identities, to log how good the labels are; else not used
     other: ReIDNet | None = None,              # the second network; None: it starts as a copy of the first
+    tracks: Tracks | None = None,              # of the real images, from `group_tracks`; None: unknown
 ) -> tuple[ReIDNet, Clusters, np.ndarray]:     # first teacher, last clusters, mean features (N, D) of both teachers
     "MMT: mutual mean-teaching."
     _check_same_length(net, other)
     device, config = pick_device(device), from_dict(type(config), to_dict(config)).checked()   # reports a wrong setting
-    mix = UnionBatches(None, real_images, real_camera, config, device)
+    mix = UnionBatches(None, real_images, real_camera, config, device, tracks)
     learners = [Learner(n, config, device, real_images[:2]) for n in (net, other or net)]
     key = adapt_key(net, mix, seed) | dict(other=None if other is None else weights_key(other))
     return train_on_clusters(learners, mutual_teaching_epoch, mix, key, seed, stage, folder, log, truth)

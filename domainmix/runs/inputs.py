@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['WORLD_ROLES', 'READ_LISTENERS', 'Split', 'concat_splits', 'Inputs', 'decode_split', 'dataset_bits', 'decode_dataset',
-           'split_query_gallery', 'pattern_of', 'open_dataset', 'check_split', 'check_has_matches', 'role_splits',
-           'reading_aloud', 'tell_read', 'warn_of_same_files', 'read_inputs']
+           'split_query_gallery', 'with_true_tracks', 'pattern_of', 'open_dataset', 'check_split', 'check_has_matches',
+           'role_splits', 'reading_aloud', 'tell_read', 'warn_of_same_files', 'read_inputs']
 
 # %% ../../nbs/runs/01_inputs.ipynb #a47134e9
 import contextlib
+import dataclasses
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
@@ -43,12 +44,12 @@ class Split:
 
 # %% ../../nbs/runs/01_inputs.ipynb #51872fee
 def concat_splits(parts: list[Split]) -> Split:
-    "Several splits as one; identities and cameras of different splits stay different."
+    "Several splits as one; identities, cameras and tracks of different splits stay different."
     if len(parts) == 1: return parts[0]
-    columns = {}
-    for name in ("pid", "camera"):
+    columns = {"frame": np.concatenate([p.records.frame for p in parts])}
+    for name in ("pid", "camera", "track"):
         columns[name] = concat_with_offset([torch.from_numpy(getattr(p.records, name)) for p in parts]).numpy()
-    records = Records(np.concatenate([p.records.files() for p in parts]), columns["pid"], columns["camera"])
+    records = Records(np.concatenate([p.records.files() for p in parts]), **columns)
     images = ImageStack.concat(*(p.images for p in parts))
     return Split(images, records, sum(p.n_unreadable for p in parts), fingerprint([p.key for p in parts]))
 
@@ -65,7 +66,8 @@ class Inputs:
     def metadata(self) -> dict:
         "Fingerprint and counts of each split, for config.json."
         splits = {k: s for k, s in vars(self).items() if isinstance(s, Split)}
-        return {k: {"fingerprint": s.key, "images": len(s.records), "identities": s.records.n_ids,
+        tracks = {k: {"tracks": s.records.n_tracks} if s.records.n_tracks else {} for k, s in splits.items()}
+        return {k: {"fingerprint": s.key, "images": len(s.records), "identities": s.records.n_ids, **tracks[k],
                     "cameras": s.records.n_cameras, "unreadable": s.n_unreadable} for k, s in splits.items()}
 
 # %% ../../nbs/runs/01_inputs.ipynb #52f1d806
@@ -79,7 +81,8 @@ def decode_split(
     size = config.height, config.width
     decode = lambda: decode_images(records, *size, cache, config.skip_bad, bits, config.aspect)
     images, kept, pixels = call_rank0_first(decode)
-    key = fingerprint(kept.path, pixels, kept.pid, kept.camera)
+    more = [x for x in (kept.track, kept.frame) if (x >= 0).any()]     # without them the key of earlier runs stays
+    key = fingerprint(kept.path, pixels, kept.pid, kept.camera, *more)
     return Split(images, kept, len(records) - len(kept), key)
 
 # %% ../../nbs/runs/01_inputs.ipynb #507894dd
@@ -119,6 +122,14 @@ def split_query_gallery(
     is_query[first[last_camera & ~in_gallery]] = False
     return DataSet(dataset.name, dataset.root, None, r[is_query], r[~is_query], dataset.unread, dataset.dropped)
 
+# %% ../../nbs/runs/01_inputs.ipynb #8f4ce288
+def with_true_tracks(
+    records: Records,  # with identities and cameras
+) -> Records:
+    "The records with a track for each identity in each camera."
+    _, track = np.unique(np.stack([records.pid, records.camera]), axis=1, return_inverse=True)
+    return dataclasses.replace(records, track=track)
+
 # %% ../../nbs/runs/01_inputs.ipynb #0f583427
 def pattern_of(
     role: str,          # synthetic, real or target
@@ -141,13 +152,16 @@ def open_dataset(
 ) -> DataSet:
     "A data set that plays `role`."
     needed = ("query", "gallery") if role == "target" else ("train",)
-    if spec == "world":
+    is_world = spec == "world"
+    if is_world:
         layout, domain = WORLD_ROLES[role]
         folders = call_rank0_first(lambda: write_world(Path(config.data)/"world", config.world))
         spec = f"{layout}:{folders[domain]}"
     pattern = pattern_of(role, config, spec)
     if role == "target" and spec.startswith("folder:"): return split_query_gallery(read_dataset(spec, pattern))
-    return read_dataset(spec, pattern, needed)
+    found = read_dataset(spec, pattern, needed)
+    if is_world and role == "real" and config.world.tracks: found.train = with_true_tracks(found.train)
+    return found
 
 # %% ../../nbs/runs/01_inputs.ipynb #9028041c
 def check_split(
@@ -168,7 +182,7 @@ def check_split(
         raise DomainMixError(
             f"{what} has one camera only ({n})",
             "people are matched across cameras: add a second one; if the file names do not name cameras, "
-            "leave the group camera out of the pattern",
+            "leave the group camera out of the pattern, and read crops of one camera as folder:DIR",
         )
     return records
 

@@ -28,6 +28,7 @@ from ..weights import read_weights, weights_header
 from ..backbone import ReIDNet, build_backbone, fitting_backbones, load_backbone, load_other_net
 from ..loading import embed_images
 from ..pseudolabel import PseudoLabels, outliers_as_classes, load_labels, pseudo_labels, refine, save_labels
+from ..tracks import group_tracks
 from ..training import train, train_invariant
 from ..baselines.labellers import LABELLERS
 from ..evaluation import domain_probe, evaluate, extract_features
@@ -131,7 +132,7 @@ def stage1(
     net, clusters, features = adapt(
         load_net(start)[0], train_set(a.images, a.records), b.images, b.records.camera,
         getattr(config, config.labeller), seed=config.seed, device=config.device, folder=folder, log=log,
-        truth=b.pids(),
+        truth=b.pids(), tracks=group_tracks(b.records.track, b.records.camera, b.records.frame),
     )
     write_atomic(Path(folder)/"features.npy", lambda p: np.save(p, np.asarray(features, np.float32)))
     save_net(net, config, folder)
