@@ -8,11 +8,9 @@ __all__ = ['JSON_KEYS', 'LISTS_OF_BOXES', 'Boxes', 'boxes_from_rows', 'read_mot'
            'covering_tracks']
 
 # %% ../nbs/18_boxes.ipynb #bdbc14c2
-import csv
 import dataclasses
 import json
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 

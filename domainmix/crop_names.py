@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import DomainMixError
-from .layouts import FILE_NAME_PATTERNS, LAYOUTS, check_counts, match_file_names, wrong_layout_error
+from .layouts import LAYOUTS, check_counts, match_file_names, wrong_layout_error
 from .readers import check_splits, resolve_dataset_root
 from .records import DataSet, Records, find_images, printable
 

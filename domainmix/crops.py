@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from .boxes import Boxes, choose_boxes, covering_tracks, number_in_name, read_boxes
 from .core import DomainMixError
 from .crop_names import crop_name
-from .images import IMAGE_FORMATS, apply_exif_rotation, read_error_text, to_rgb
-from .records import IMAGE_SUFFIXES, find_images, printable
+from .pixels import IMAGE_SUFFIXES, open_rgb, read_error_text
+from .records import find_images, printable
 
 # %% ../nbs/18_crops.ipynb #73e662b9
 def clip_boxes(
@@ -67,8 +67,7 @@ def read_frame(
     file: str,  # an image
 ) -> np.ndarray:  # uint8 (H, W, 3)
     "One frame, upright, as eight-bit RGB."
-    with Image.open(file, formats=IMAGE_FORMATS) as image:
-        return np.asarray(to_rgb(apply_exif_rotation(image)))
+    return np.asarray(open_rgb(file))
 
 # %% ../nbs/18_crops.ipynb #0287a93e
 def import_av():

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .core import DomainMixError, fingerprint, flag, rank_and_size
 from .files import load_json, locked, save_json, write_atomic
-from .pixels import apply_exif_rotation, blank_images, find_bits, read_error_text, read_image, to_rgb
+from .pixels import blank_images, find_bits, read_error_text, read_image
 from .records import Records, printable
 
 # %% ../nbs/15_images.ipynb #79740e1d

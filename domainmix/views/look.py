@@ -21,7 +21,7 @@ from ..datasets import read_dataset
 from ..files import write_atomic
 from ..images import decode_files
 from domainmix.pixels import (
-    IMAGE_FORMATS, MAX_PIXELS, UNIT, blank_images, check_values, deep_values, find_bits, read_error_text,
+    IMAGE_FORMATS, MAX_PIXELS, UNIT, check_values, deep_values, find_bits, read_error_text,
 )
 from ..records import DataSet, Records, known_ids, printable
 from .figures import png
