@@ -10,7 +10,7 @@ __all__ = ['N_BUCKETS', 'ENOUGH_ERRORS', 'REPORTED_RATES', 'PSEUDO_NOTE', 'order
            'cluster_identities', 'list_labelled', 'distinct_images', 'check_labels', 'centred', 'threshold_from_files',
            'find_threshold', 'threshold_file', 'save_threshold', 'load_threshold']
 
-# %% ../nbs/64_verification.ipynb #302dc495
+# %% ../nbs/64_verification.ipynb #bdb92e22
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -23,10 +23,11 @@ import torch
 
 from .core import DomainMixError, fingerprint, from_dict
 from .datasets import READERS, read_dataset
-from .feature_store import EmbeddedFiles, ImageFiles, embed_files, known_columns, list_source, model_fingerprint
-from .feature_store import open_model, read_names
+from domainmix.feature_store import (
+    EmbeddedFiles, ImageFiles, embed_files, list_source, model_fingerprint, open_model, read_names,
+)
 from .files import load_dict, save_json
-from .inference import Model, find_net
+from .inference import Model, find_net, known_columns
 from .knn import camera_centre, exact_matmul, row_products, unit_rows
 from .pseudolabel import ClusterConfig, cluster, reliable_labels
 from .readers import merge_splits
@@ -213,13 +214,14 @@ class Threshold:
     different_histogram: list[int]  # pairs of different people
     notes: list[str] = dataclasses.field(default_factory=list)   # limits of the measurement
 
-# %% ../nbs/64_verification.ipynb #0718b1ae
+# %% ../nbs/64_verification.ipynb #072486cf
 def bar_counts(
     high: np.ndarray,  # (2, N_BUCKETS), of `PairCounts`
     bars: int = 128,
 ) -> np.ndarray:       # int64 (2, bars), from -1 to 1; the last bar includes 1
     "A coarse histogram. Every bucket lies in one bar, because the edges of 128 bars are multiples of 1/64."
-    lowest = key_values((np.arange(N_BUCKETS) - N_BUCKETS//2) << 16).astype(float)     # of each bucket
+    with np.errstate(invalid="ignore"):        # the outermost buckets are no numbers, and empty
+        lowest = key_values((np.arange(N_BUCKETS) - N_BUCKETS//2) << 16).astype(float)
     at = np.floor((np.nan_to_num(lowest, nan=1.).clip(-1, 1) + 1) * bars / 2).clip(max=bars - 1).astype(int)
     return np.stack([np.bincount(at, row, minlength=bars).astype(np.int64) for row in high])
 
