@@ -16,8 +16,9 @@ from .core import DomainMixError
 from .files import write_atomic
 from .records import printable
 
-# %% ../nbs/69_deepsort.ipynb #2d5b7563
-BOX_NUMBERS = dict(camera=0., track=-1., frame=None, left=None, top=None, width=None, height=None, score=1.)  # if missing
+# %% ../nbs/69_deepsort.ipynb #85f7ef9d
+# column -> its value where it is missing; None: it must be there
+BOX_NUMBERS = dict(camera=0., track=-1., frame=None, left=None, top=None, width=None, height=None, score=1.)
 
 # %% ../nbs/69_deepsort.ipynb #3e17df34
 def box_number(

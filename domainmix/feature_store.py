@@ -120,7 +120,7 @@ def pattern_texts(
         return {}
     return [texts(file, name) for file, name in zip(side.files, side.names)]
 
-# %% ../nbs/63_feature_store.ipynb #83b5721d
+# %% ../nbs/63_feature_store.ipynb #d7f7659e
 def read_names(
     query: ImageFiles,
     gallery: ImageFiles,
@@ -140,7 +140,8 @@ def read_names(
         if missing:
             warnings.warn(f"{what}, such as {printable(missing[0])}: what they show is unknown")
     for group in compile_pattern(pattern).groupindex:
-        numbers = to_numbers([t.get(group) for found in texts for t in found])   # together: the same text, the same number
+        # all together, so that the same text becomes the same number on both sides
+        numbers = to_numbers([t.get(group) for found in texts for t in found])
         for side, found in zip(sides, texts):
             side.columns[group], numbers = numbers[:len(found)], numbers[len(found):]
 
@@ -246,7 +247,7 @@ class FeatureStore:
     contents: dict[str, str]     # file -> its hash
     features: dict[str, np.ndarray]  # hash -> float32 (D,), of length one
 
-# %% ../nbs/63_feature_store.ipynb #4a8f3bbd
+# %% ../nbs/63_feature_store.ipynb #84b0d02c
 def read_store(
     file: Path,
     dim: int,  # D, numbers of a feature
@@ -265,9 +266,8 @@ def read_store(
     except Exception as error:       # whatever is wrong with it, it is made again
         warnings.warn(f"the kept features in {file} are damaged, and are made again ({type(error).__name__})")
         return FeatureStore({}, {}, {})
-    path, content = map(str, path), content.tolist()
-    path = list(path)
-    return FeatureStore(dict(zip(path, map(tuple, stamp.tolist()))), dict(zip(path, content)), dict(zip(content, features)))
+    path, stamp, content = path.tolist(), map(tuple, stamp.tolist()), content.tolist()
+    return FeatureStore(dict(zip(path, stamp)), dict(zip(path, content)), dict(zip(content, features)))
 
 # %% ../nbs/63_feature_store.ipynb #7e5ee0a7
 def write_store(
@@ -390,7 +390,7 @@ def embed_files(
     save()
     return readable_files(side, contents, features, bad, n_new)
 
-# %% ../nbs/63_feature_store.ipynb #b7f996fc
+# %% ../nbs/63_feature_store.ipynb #d5f1a233
 def readable_files(
     side: ImageFiles,
     contents: list[str],
@@ -404,7 +404,8 @@ def readable_files(
         raise DomainMixError(unreadable_images_text(side.names, bad), "give images that can be read")
     left_out = sorted(set(range(len(side))) - set(rows.tolist()))
     if left_out:
-        warnings.warn(f"left out: {unreadable_images_text(side.names, {i: bad.get(i, 'as another') for i in left_out})}")
+        why = {i: bad.get(i, "a copy of another one") for i in left_out}
+        warnings.warn(f"left out: {unreadable_images_text(side.names, why)}")
     kept = dataclasses.replace(side.select(rows), unreadable=[side.names[i] for i in left_out])
     table = np.stack([features[contents[i]] for i in rows])
     return EmbeddedFiles(kept, table, [contents[i] for i in rows], n_new)

@@ -146,7 +146,7 @@ def best_rows_by_faiss(
             index[q, :len(kept)], value[q, :len(kept)] = kept, values[good][:top]
     return index, value
 
-# %% ../nbs/67_gallery.ipynb #b9e380a0
+# %% ../nbs/67_gallery.ipynb #7d147127
 @dataclass
 class Answers:
     "The best gallery images for each query."
@@ -155,7 +155,7 @@ class Answers:
     index: np.ndarray          # int64 (Q, top) into the gallery; -1 where there is no answer
     similarity: np.ndarray     # float32 (Q, top), cosine, -inf where there is no answer
     threshold: float | None = None    # answers below it are left out; None: all are kept
-    best: np.ndarray = field(default_factory=lambda: np.empty(0))  # float32 (Q,): the similarity of the best, kept or not
+    best: np.ndarray = field(default_factory=lambda: np.empty(0))  # float32 (Q,): of the nearest, kept or not
     n_own: int = 0             # gallery images that were left out because they are a query's own file
     n_new: int = 0             # images that were given to the network in this search
 
@@ -167,7 +167,7 @@ class Answers:
     def to_csv(self, path: str | Path) -> Path: return write_answers_csv(self, path)
     def to_json(self, path: str | Path) -> Path: return save_json(path, answers_record(self))
 
-# %% ../nbs/67_gallery.ipynb #200fa4d7
+# %% ../nbs/67_gallery.ipynb #0c02ff00
 def answer_row(
     answers: Answers,
     q: int,      # the query
@@ -176,7 +176,8 @@ def answer_row(
     "One answer: rank from 1, file, similarity, and what is known of the image."
     g = int(answers.index[q, rank])
     known = {name: int(column[g]) for name, column in answers.gallery.columns.items()}
-    return dict(rank=rank + 1, path=answers.gallery.files[g], similarity=round(float(answers.similarity[q, rank]), 6), **known)
+    similarity = round(float(answers.similarity[q, rank]), 6)
+    return dict(rank=rank + 1, path=answers.gallery.files[g], similarity=similarity, **known)
 
 # %% ../nbs/67_gallery.ipynb #6cdf5ee7
 def answer_rows(
@@ -190,14 +191,15 @@ def answer_rows(
         rows += [dict(query=file, **row) for row in found or [nobody]]
     return rows
 
-# %% ../nbs/67_gallery.ipynb #0b6eeebd
+# %% ../nbs/67_gallery.ipynb #4abc4893
 def write_answers_csv(
     answers: Answers,
     path: str | Path,
 ) -> Path:
     "The answers as a table: query, rank, path, similarity, and pid, camera, track and frame where they are known."
     buffer = io.StringIO(newline="")
-    table = csv.DictWriter(buffer, ["query", "rank", "path", "similarity", *answers.gallery.columns], lineterminator="\n")
+    names = ["query", "rank", "path", "similarity", *answers.gallery.columns]
+    table = csv.DictWriter(buffer, names, lineterminator="\n")
     table.writeheader()
     table.writerows(answers.rows())
     text = buffer.getvalue()
@@ -338,7 +340,7 @@ def list_both(
         warnings.warn("nothing is known of the queries: of a data set, give the query as NAME:DIR too")
     return sides
 
-# %% ../nbs/67_gallery.ipynb #4b468dda
+# %% ../nbs/67_gallery.ipynb #576afccb
 def search(
     model: Model | str | Path,     # a loaded model, or what `domainmix.load` takes
     query: Any,                    # an image file, a folder, a data set, a list of files, or images in memory
@@ -363,7 +365,8 @@ def search(
     model = open_model(model, data="data" if data is None else data, **options)
     how = dict(folder=None if data is None else Path(data)/"features", skip_bad=skip_bad, batch=batch)
     asked = embed_in_memory(model, query, batch) if memory else embed_files(model, sides[0], **how)
-    return compare_embedded(asked, embed_files(model, sides[1], **how), top, other_cameras, centre_cameras, threshold, index)
+    found = embed_files(model, sides[1], **how)
+    return compare_embedded(asked, found, top, other_cameras, centre_cameras, threshold, index)
 
 # %% ../nbs/67_gallery.ipynb #86764f62
 def check_search(

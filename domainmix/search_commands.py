@@ -66,7 +66,7 @@ def check_output_file(
         remedy = f"{elsewhere}, or change the folder's permissions"
         raise DomainMixError(f"cannot write into {file.parent}", remedy)
 
-# %% ../nbs/78_search_commands.ipynb #acc78933
+# %% ../nbs/78_search_commands.ipynb #8c346c54
 @dataclass
 class SearchCommand(FeatureCommand):
     "Find the people of query images in a gallery, without labels."
@@ -80,7 +80,7 @@ class SearchCommand(FeatureCommand):
     pattern: str | None = None      # for plain files: a regular expression with groups camera and pid
     other_cameras: bool = False     # leave out images of the query's own camera
     centre_cameras: bool = False    # subtract the mean feature of each camera
-    index: Literal["exact", "faiss"] = "exact"  # how the nearest are found; faiss: by this library, where it is installed
+    index: Literal["exact", "faiss"] = "exact"  # how the nearest are found; faiss: by this library, if installed
 
 # %% ../nbs/78_search_commands.ipynb #bbe0dc69
 def number_or_none(
@@ -121,7 +121,7 @@ def side_text(
              if (c := side.column(k)).max(initial=-1) >= 0]
     return f"{len(side):,} {one if len(side) == 1 else many}" + (f" ({', '.join(known)})" if known else "")
 
-# %% ../nbs/78_search_commands.ipynb #42519650
+# %% ../nbs/78_search_commands.ipynb #6f69b23b
 def do_search(args: SearchCommand) -> None:
     "Search, print the first answers, and write all of them."
     files = result_files(args.out)
@@ -130,12 +130,12 @@ def do_search(args: SearchCommand) -> None:
     limit = chosen_threshold(args, model)
     answers = search(model, args.query, args.gallery, args.top, args.pattern, args.other_cameras, args.centre_cameras,
                      limit, args.index, args.skip_bad, data=args.data)
-    print(f"{side_text(answers.query, 'query', 'queries')}; {side_text(answers.gallery, 'gallery image', 'gallery images')}; "
-          f"{answers.n_new:,} images were embedded, the features of the others were kept\n")
+    sides = side_text(answers.query, "query", "queries"), side_text(answers.gallery, "gallery image", "gallery images")
+    print(*sides, f"{answers.n_new:,} images were embedded, the features of the others were kept\n", sep="; ")
     print(answers_text(answers), "", *write_results(answers, files), sep="\n")
     check_somebody(answers)
 
-# %% ../nbs/78_search_commands.ipynb #0a76d237
+# %% ../nbs/78_search_commands.ipynb #d6b7d8a9
 def check_somebody(
     answers: Answers,
 ) -> None:
@@ -147,18 +147,18 @@ def check_somebody(
                              "give a larger gallery, or leave --other-cameras out")
     raise DomainMixError(f"nobody in the gallery resembles the query: the best similarity is {answers.best.max():.3f}, "
                          f"below the threshold {answers.threshold:.3f}",
-                         "leave --same and --threshold out to see the nearest images all the same, or give a lower --threshold")
+                         "to see the nearest images, leave --same and --threshold out, or give a lower --threshold")
 
-# %% ../nbs/78_search_commands.ipynb #3a77a25d
+# %% ../nbs/78_search_commands.ipynb #1f0de19f
 @dataclass
 class ThresholdCommand(FeatureCommand):
     "Measure above which similarity two images show one person, for a rate of false matches."
     model: str                      # a run's name or folder, a stage's folder, or a .safetensors file
-    images: str                     # images of people whom the model was not trained on: folder:DIR, market1501:DIR, ...
-    fmr: float = .01                # false-match rate: the share of pairs of different people that may be called the same
+    images: str                     # images of people whom the model was not trained on: folder:DIR, market1501:DIR
+    fmr: float = .01                # false-match rate: the share of pairs of different people that may be taken for one
     pattern: str | None = None      # for plain files: a regular expression with groups pid and camera
-    labels: Literal["auto", "true", "pseudo"] = "auto"  # identities, clusters, or identities where they are known (auto)
-    same_camera: bool = False       # count pairs of one camera too; else only pairs across cameras, where they are known
+    labels: Literal["auto", "true", "pseudo"] = "auto"  # identities, clusters, or what is known (auto)
+    same_camera: bool = False       # count pairs of one camera too; else only pairs across cameras, if they are known
     centre_cameras: bool = False    # subtract the mean feature of each camera, for `domainmix search --centre-cameras`
     out: str | None = None          # another file than MODEL.threshold.json beside the model (.json)
 

@@ -62,7 +62,7 @@ def answer_caption(
     camera = answers.gallery.column("camera")[answers.index[q, rank]]
     return f"{answers.similarity[q, rank]:.2f}" + (f" · c{camera}" if camera >= 0 else "")
 
-# %% ../nbs/68_search_views.ipynb #e52cba01
+# %% ../nbs/68_search_views.ipynb #1e690bb2
 def answers_row(
     answers: Answers,
     q: int,    # the query
@@ -74,7 +74,8 @@ def answers_row(
     pictures = read_thumbnails([answers.query.files[q], *(answers.gallery.files[i] for i in rows)])
     captions = ["query", *(answer_caption(answers, q, r) for r in ranks)]
     title = shortened(answers.query.names[q]) + ("" if len(ranks) else "\nnobody")
-    return SheetRow(pictures, [0, *(np.arange(len(rows)) + 1.25)], ["query", *answer_marks(answers, q, rows)], captions, title)
+    marks, columns = ["query", *answer_marks(answers, q, rows)], [0, *(np.arange(len(rows)) + 1.25)]
+    return SheetRow(pictures, columns, marks, captions, title)
 
 # %% ../nbs/68_search_views.ipynb #86e08509
 def shortened(
@@ -118,7 +119,7 @@ def figure_of_image(
     return (f'<figure class="{kind}"><img alt="" src="{thumbnail_url(picture)}">'
             f"<figcaption>{caption}</figcaption></figure>")
 
-# %% ../nbs/68_search_views.ipynb #ebf254f6
+# %% ../nbs/68_search_views.ipynb #d7f5212a
 def query_section(
     answers: Answers,
     q: int,  # the query
@@ -133,7 +134,8 @@ def query_section(
         caption = f"{r + 1} · {answers.similarity[q, r]:.3f}<br>{escape(printable(answers.gallery.names[i]))}{known}"
         figures.append(figure_of_image(picture, caption))
     said = "" if rows else f"<p>nobody; the best similarity is {answers.best[q]:.3f}</p>"
-    return f'<h2>{escape(printable(answers.query.names[q]))}</h2>\n<div class="answers">{"".join(figures)}</div>{said}\n'
+    title = f"<h2>{escape(printable(answers.query.names[q]))}</h2>\n"
+    return f'{title}<div class="answers">{"".join(figures)}</div>{said}\n'
 
 # %% ../nbs/68_search_views.ipynb #7c68bc7f
 def answers_page(
@@ -154,7 +156,7 @@ def answers_page(
 # %% ../nbs/68_search_views.ipynb #d8a46279
 RESULT_KINDS = (".csv", ".json", ".png", ".html")
 
-# %% ../nbs/68_search_views.ipynb #58be405d
+# %% ../nbs/68_search_views.ipynb #afdde417
 def result_files(
     out: str | Path,  # a folder, or one file with one of `RESULT_KINDS`
 ) -> list[Path]:
@@ -164,7 +166,7 @@ def result_files(
     folder = out.parent if is_file else out
     above = next((p for p in (folder, *folder.parents) if p.exists()), Path("."))
     if not above.is_dir():
-        raise DomainMixError(f"{above} is not a folder", "give --out another folder, or a .csv, .json, .png or .html file")
+        raise DomainMixError(f"{above} is not a folder", "give --out another folder, or a file in another folder")
     if is_file and out.suffix.lower() == ".png":
         require_matplotlib()
     return [out] if is_file else [folder/f"answers{kind}" for kind in RESULT_KINDS]
@@ -199,7 +201,7 @@ def write_results(
         written.append(file)
     return written
 
-# %% ../nbs/68_search_views.ipynb #71867cfc
+# %% ../nbs/68_search_views.ipynb #98e88758
 def threshold_figure(
     found: Threshold,
     title: str = "Similarity of two images",
@@ -212,8 +214,8 @@ def threshold_figure(
         "one person" if found.labels == "true" else "one cluster")
     parts = zip(names, (found.different_histogram, found.same_histogram), ("wrong", "right"))
     for name, counts, key in parts:
-        label = f"{name}: {sum(counts):,} pairs"
-        ax.stairs(np.array(counts) / max(1, sum(counts)), edges, fill=True, alpha=.55, color=FIXED_COLOURS[key], label=label)
+        style = dict(fill=True, alpha=.55, color=FIXED_COLOURS[key], label=f"{name}: {sum(counts):,} pairs")
+        ax.stairs(np.array(counts) / max(1, sum(counts)), edges, **style)
     text = f"threshold {found.threshold:.3f}: FMR {100*found.fmr:.2g} %, TPR {100*found.tpr:.1f} %"
     ax.axvline(found.threshold, color="black", linestyle=(0, (4, 2)), linewidth=1, label=text)
     shown = np.flatnonzero(np.array(found.same_histogram) + np.array(found.different_histogram))
@@ -249,13 +251,14 @@ class SearchView(View):
     def update_view(self) -> None: self.show(self.static_figure())
     def static_figure(self): return search_figure(self)
 
-# %% ../nbs/68_search_views.ipynb #b45f2d5d
+# %% ../nbs/68_search_views.ipynb #8d859bca
 def view_answers(
     view: SearchView,
 ) -> Answers:
     "The answers to the chosen query, those below the threshold too."
     i = view.place.value - 1
-    one = EmbeddedFiles(view.query.side.select(np.array([i])), view.query.features[i:i + 1], view.query.contents[i:i + 1], 0)
+    side, row = view.query.side.select(np.array([i])), slice(i, i + 1)
+    one = EmbeddedFiles(side, view.query.features[row], view.query.contents[row], 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")            # that the query is in the gallery is known here
         return compare_embedded(one, view.gallery, view.top, view.others.value)

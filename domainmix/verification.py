@@ -240,7 +240,7 @@ def pair_totals(
         total, same = total - pairs(camera[known]), same - pairs(pid[known], camera[known])
     return total - same, same
 
-# %% ../nbs/64_verification.ipynb #e428b0c3
+# %% ../nbs/64_verification.ipynb #7ba6ab0b
 def check_pairs(
     different: int,  # pairs of different people
     same: int,       # pairs of one person
@@ -251,13 +251,13 @@ def check_pairs(
     where = " across cameras" if across else ""
     wider = "; --same-camera counts pairs of one camera too" if across else ""
     if not different:
-        raise DomainMixError(f"there is no pair of different people{where}", f"give images of two people or more{wider}")
+        raise DomainMixError(f"there is no pair of different people{where}", f"give images of two people{wider}")
     if not same:
         raise DomainMixError(f"there is no pair of images of one person{where}",
-                             f"give two images or more of some people, from different cameras where they are known{wider}")
+                             f"give two images or more of some people, from different cameras{wider}")
     if fmr * different < 1:
-        raise DomainMixError(f"a false-match rate of {fmr:g} cannot be measured on {different:,} pairs of different people",
-                             f"give --fmr {1/different:.1g} or more, or more images")
+        raise DomainMixError(f"a false-match rate of {fmr:g} cannot be measured on {different:,} pairs of people",
+                             f"give --fmr {1.1/different:.2g} or more, or more images")
 
 # %% ../nbs/64_verification.ipynb #d793bef2
 def check_rate(
@@ -291,7 +291,7 @@ def supported_rates(
     "Those of the usual rates that allow one false match or more."
     return [rate for rate in REPORTED_RATES if rate * different >= 1]
 
-# %% ../nbs/64_verification.ipynb #cd54cef2
+# %% ../nbs/64_verification.ipynb #c9b80acf
 def measure_threshold(
     x: torch.Tensor | np.ndarray,  # (N, D) features
     pid: np.ndarray,     # int (N,), all known
@@ -308,9 +308,10 @@ def measure_threshold(
     point, bars = operating_point(counts, fmr), bar_counts(counts.high)
     tpr_at = {f"{rate:g}": operating_point(counts, rate).tpr for rate in rates}
     notes = rate_notes(fmr, different) + about.pop("notes", [])
-    return Threshold(point.threshold, fmr, point.fmr, point.tpr, equal_error_rate(counts), tpr_at, across_cameras=across,
-                     images=len(pid), identities=len(np.unique(pid)), same_pairs=same, different_pairs=different,
-                     same_histogram=bars[1].tolist(), different_histogram=bars[0].tolist(), notes=notes, **about)
+    sizes = dict(images=len(pid), identities=len(np.unique(pid)), same_pairs=same, different_pairs=different)
+    histograms = dict(same_histogram=bars[1].tolist(), different_histogram=bars[0].tolist())
+    return Threshold(point.threshold, fmr, point.fmr, point.tpr, equal_error_rate(counts), tpr_at,
+                     across_cameras=across, **sizes, **histograms, notes=notes, **about)
 
 # %% ../nbs/64_verification.ipynb #37bf697a
 def rate_notes(
@@ -327,9 +328,9 @@ def rate_notes(
         notes.append(f"not measured: {different:,} pairs of different people are too few for {', '.join(none)}")
     return notes
 
-# %% ../nbs/64_verification.ipynb #50c72aa5
-PSEUDO_NOTE = ("clusters stand for identities: the TPR is too good, because pairs of one person that the model does not "
-               "recognise are in no cluster; the threshold is too high where one person is in several clusters")
+# %% ../nbs/64_verification.ipynb #be3a7ac0
+PSEUDO_NOTE = ("clusters stand for identities: the TPR is too good, because pairs of one person that the model does "
+               "not recognise are in no cluster; the threshold is too high where one person is in several clusters")
 
 # %% ../nbs/64_verification.ipynb #59da52e4
 def cluster_identities(
