@@ -698,6 +698,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                                                                           'domainmix/feature_store.py'),
                                          'domainmix.feature_store.list_source': ( 'feature_store.html#list_source',
                                                                                   'domainmix/feature_store.py'),
+                                         'domainmix.feature_store.look_up': ('feature_store.html#look_up', 'domainmix/feature_store.py'),
                                          'domainmix.feature_store.model_fingerprint': ( 'feature_store.html#model_fingerprint',
                                                                                         'domainmix/feature_store.py'),
                                          'domainmix.feature_store.open_model': ( 'feature_store.html#open_model',

@@ -8,7 +8,7 @@ __all__ = ['QUERIES_AT_ONCE', 'GALLERY_AT_ONCE', 'keep_best', 'best_of_tile', 'b
            'answers_record', 'above_threshold', 'answers_text', 'in_memory', 'embed_in_memory', 'check_top',
            'check_cameras', 'compare_embedded', 'list_both', 'search', 'check_search']
 
-# %% ../nbs/67_gallery.ipynb #d23cdf49
+# %% ../nbs/67_gallery.ipynb #130d385a
 import csv
 import io
 import warnings
@@ -23,7 +23,9 @@ import torch
 from PIL import Image
 
 from .core import DomainMixError
-from .feature_store import EmbeddedFiles, ImageFiles, embed_files, list_source, open_model, read_names
+from domainmix.feature_store import (
+    EmbeddedFiles, ImageFiles, embed_files, list_source, look_up, open_model, read_names,
+)
 from .files import save_json, write_atomic
 from .inference import Model, list_images
 from .knn import camera_centre, exact_matmul, row_products, unit_rows
@@ -80,15 +82,16 @@ def best_rows(
     value, index = (torch.cat(part).numpy() for part in zip(*found))
     return np.where(value > -np.inf, index, -1), value
 
-# %% ../nbs/67_gallery.ipynb #09475f8a
+# %% ../nbs/67_gallery.ipynb #16c23f92
 def own_rows(
     query: Sequence[str],    # (Q,) hash of each file; '' for an image in memory
     gallery: Sequence[str],  # (G,)
 ) -> dict[int, list[int]]:   # query -> gallery rows
     "The gallery images that are the same file as a query."
-    rows = defaultdict(list)
+    wanted, rows = set(query) - {""}, defaultdict(list)
     for g, content in enumerate(gallery):
-        rows[content].append(g)
+        if content in wanted:
+            rows[content].append(g)
     return {q: rows[content] for q, content in enumerate(query) if content and content in rows}
 
 # %% ../nbs/67_gallery.ipynb #f9b2e4a9
@@ -326,7 +329,7 @@ def compare_embedded(
         warnings.warn(f"{n_own:,} gallery images are the same file as a query: no query is answered with its own file")
     return Answers(query.side, gallery.side, *kept, threshold, similarity[:, 0], n_own, query.n_new + gallery.n_new)
 
-# %% ../nbs/67_gallery.ipynb #61c1b981
+# %% ../nbs/67_gallery.ipynb #895d5d35
 def list_both(
     query: Any,
     gallery: Any,
@@ -337,7 +340,7 @@ def list_both(
     if pattern:
         read_names(*sides, pattern, sides[1].home)
     elif sides[1].from_layout and not sides[0].from_layout:
-        warnings.warn("nothing is known of the queries: of a data set, give the query as NAME:DIR too")
+        look_up(sides[0], gallery)
     return sides
 
 # %% ../nbs/67_gallery.ipynb #576afccb

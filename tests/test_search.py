@@ -96,6 +96,7 @@ def test_search_gives_the_order_of_all_similarities(place, said):
     S = features(asked) @ features(files).T
     S[np.arange(8), np.arange(48)[::6]] = -np.inf
     table = list(csv.DictReader(open("found/answers.csv")))
+    assert {str(Path(r["path"]).parent) for r in table} == {"crops"}             # as it was given
     assert len(table) == 8 * 5 and list(table[0]) == ["query", "rank", "path", "similarity", "pid", "camera"]
     for q in range(8):
         rows = table[5*q:5*q + 5]
@@ -163,9 +164,14 @@ def test_a_labelled_set_is_searched_by_its_query_and_gallery(place, said):
     table = list(csv.DictReader(open("a.csv")))
     assert code == 0 and "24 queries (8 identities, 3 cameras); 24 gallery images" in out
     assert all("/query/" in r["query"] and "/bounding_box_test/" in r["path"] for r in table)
+    one = table[0]["query"]
+    code, out, _ = said("search", "--model", "model.safetensors", "--query", one, "--gallery", market, "--other-cameras", "--out", "b.csv")
+    other = [r for r in csv.DictReader(open("b.csv"))]
+    camera = int(re.search(r"_c(\d)", one)[1]) - 1
+    assert code == 0 and {int(r["camera"]) for r in other} == {0, 1, 2} - {camera}      # what the set knows of its image
 
 
-@pytest.mark.parametrize("more", [[], ["--same-camera"], ["--centre-cameras"]])
+@pytest.mark.parametrize("more", [[], pytest.param(["--same-camera"], marks=pytest.mark.slow), pytest.param(["--centre-cameras"], marks=pytest.mark.slow)])
 def test_a_threshold_is_that_of_scikit_learn(place, said, more):
     code, out, error = said(*THRESHOLD, "--pattern", NAMES, "--fmr", ".03", *more)
     assert code == 0, error
@@ -231,6 +237,7 @@ def test_the_threshold_of_another_model_is_refused(place, said):
     assert not Path("g").exists()
 
 
+@pytest.mark.slow
 def test_a_threshold_without_labels_says_so(place, said):
     code, out, _ = said(*THRESHOLD, "--pattern", r"c(?P<camera>\d)", "--out", "t", "--same-camera")
     assert code == 0 and "clusters in place of identities" in out and "the TPR is too good" in out
