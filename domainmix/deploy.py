@@ -467,12 +467,13 @@ def embed_onnx(
     skip_bad: bool = False,  # leave unreadable images out
     batch: int = 64,  # images at once
     data: str | Path = "data",  # where the decoded images are cached
+    pattern: str | None = None,  # for a folder: set, to write identities and cameras into the .csv
 ) -> np.ndarray:
     "Write and return the features of all images of a data set, float32 (N, D), of length one, by onnxruntime."
     model = open_onnx(path)
     decoding = configure(height=model.height, width=model.width, skip_bad=skip_bad, data=str(data),
                          aspect=exported_aspect(path))
-    dataset = read_dataset(images, need=())
+    dataset = read_dataset(images, pattern, need=())
     tell_read("", images, dataset.splits)
     parts = decode_dataset(dataset, decoding)
     features = np.concatenate([model(part.images.numpy(), batch) for part in parts])
