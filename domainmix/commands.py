@@ -14,7 +14,6 @@ __all__ = ['COMMANDS', 'RunCommand', 'TableCommand', 'LabelCommand', 'EvaluateCo
 import contextlib
 import csv
 import json
-import os
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
