@@ -83,7 +83,7 @@ class FeatureCommand:
 @dataclass
 class EvaluateCommand(FeatureCommand):
     "Test a trained network on a target."
-    model: str                      # a run's name or folder, a stage's folder, or a file of weights (.safetensors, .pth)
+    model: str                      # a run's name or folder, a stage's folder, or a file of weights
     target: str                     # the data set to test on: market1501:DIR, folder:DIR with a pattern, world, ...
     pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera
     centre_cameras: bool = False    # subtract the mean feature of each camera: needs all images at once, no labels
@@ -95,7 +95,7 @@ class EvaluateCommand(FeatureCommand):
 class EmbedCommand(FeatureCommand):
     "Features of all images of a folder or data set."
     images: str                     # images to embed: folder:DIR, market1501:DIR, world, ...
-    model: str | None = None        # a run's name or folder, a stage's folder, or a file of weights (.safetensors, .pth)
+    model: str | None = None        # a run's name or folder, a stage's folder, or a file of weights
     onnx: str | None = None         # instead of --model: an exported model.onnx, or its folder, run by onnxruntime
     out: str = "features.npy"       # float32 (N, D), one row for each image; the paths are written to a .csv beside it
 
@@ -103,7 +103,7 @@ class EmbedCommand(FeatureCommand):
 @dataclass
 class TuneCommand(FeatureCommand):
     "Learn a metric for a trained network's features from unlabelled images, in seconds, without training."
-    model: str                      # a run's name or folder, a stage's folder, or a file of weights (.safetensors, .pth)
+    model: str                      # a run's name or folder, a stage's folder, or a file of weights
     images: str                     # unlabelled images of real cameras: folder:DIR, market1501:DIR, ...
     out: str = "tuned.safetensors"  # file for the network with its metric, for evaluate, embed and export
     ridge: float = 10.              # regularisation; smaller: what varies within a person counts less
@@ -113,7 +113,7 @@ class TuneCommand(FeatureCommand):
 @dataclass
 class ExportCommand:
     "Write a trained network as ONNX and torch.export, with a card that describes it."
-    model: str                      # a run's name or folder, a stage's folder, or a file of weights (.safetensors, .pth)
+    model: str                      # a run's name or folder, a stage's folder, or a file of weights
     out: str                        # the folder to make: model.onnx, model.pt2, card.json
     formats: tuple[Literal["onnx", "torch"], ...] = ("onnx", "torch")  # files to write: model.onnx, model.pt2 (torch)
     # what the files take: uint8; float32, normalised as trackers feed it; or unit, float32 from 0 to 1
@@ -296,7 +296,8 @@ def do_label(args: LabelCommand) -> None:
 def architecture(args: FeatureCommand | ExportCommand) -> RunConfig | None:
     "The architecture of --backbone, for files without one."
     if args.last_stride and not args.backbone:
-        raise DomainMixError("--last-stride is given without --backbone", "give both, for a file without its architecture")
+        remedy = "give both, for a file that does not say its architecture"
+        raise DomainMixError("--last-stride is given without --backbone", remedy)
     stride = {"net.last_stride": args.last_stride} if args.last_stride else {}
     return configure(stride, backbone=args.backbone) if args.backbone else None
 

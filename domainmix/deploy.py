@@ -435,16 +435,15 @@ def export(
     "Write `out`/model.onnx, `out`/model.pt2 and `out`/card.json, or nothing; return the card."
     kinds = export_formats(formats, tolerance, input, opset)
     path, (net, height, width) = find_net(model, data), open_net(model, config, data)
-    run_config, feature_config = (model_settings(model, data, **kw) for kw in ({}, {"feature": feature, "flip": flip}))
+    run_config, feature_config = model_settings(model, data), model_settings(model, data, feature=feature, flip=flip)
     use = {k: feature_options(feature_config)[k] for k in ("feature", "flip")}
     with output_folder(out) as folder:
         with exporter_errors("the export"):
             program = export_program(FeatureExtractor(net, **use, kind=input), height, width)
-        options = dict(height=height, width=width, **use)
-        files = {name: write_checked(kind, program, folder, tolerance, net, **options) for name, kind in kinds.items()}
-        versions = package_versions("torch", *required_packages(kinds))
-        card = {**make_card(path, net, height, width, feature_config, run_config, input),
-                "files": files, "tolerance": tolerance, "versions": versions}
+        use |= dict(height=height, width=width)
+        files = {name: write_checked(kind, program, folder, tolerance, net, **use) for name, kind in kinds.items()}
+        card = {**make_card(path, net, height, width, feature_config, run_config, input), "files": files,
+                "tolerance": tolerance, "versions": package_versions("torch", *required_packages(kinds))}
         save_json(folder/"card.json", card)
     return card
 
