@@ -568,6 +568,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                   'domainmix.deploy.SplitNorm': ('deploy.html#splitnorm', 'domainmix/deploy.py'),
                                   'domainmix.deploy.SplitNorm.__init__': ('deploy.html#splitnorm.__init__', 'domainmix/deploy.py'),
                                   'domainmix.deploy.SplitNorm.forward': ('deploy.html#splitnorm.forward', 'domainmix/deploy.py'),
+                                  'domainmix.deploy._program_of': ('deploy.html#_program_of', 'domainmix/deploy.py'),
                                   'domainmix.deploy.check_new_folder': ('deploy.html#check_new_folder', 'domainmix/deploy.py'),
                                   'domainmix.deploy.check_opset': ('deploy.html#check_opset', 'domainmix/deploy.py'),
                                   'domainmix.deploy.check_parity': ('deploy.html#check_parity', 'domainmix/deploy.py'),

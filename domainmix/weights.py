@@ -323,7 +323,8 @@ def _is_behind_body(match: BodyMatch, name: str, tensor: Tensor, layers: set[str
 def _find_neck(left: dict[str, Tensor], dim: int) -> tuple[str, dict[str, Tensor]]:
     "The BN neck among the tensors behind a body: what its names begin with, and its tensors; empty if there is none."
     means = [k for k, v in left.items() if k.endswith("running_mean") and v.shape == (dim,)]
-    blocks = [b for b in (k.removesuffix("running_mean") for k in means) if left.get(b + "weight", torch.empty(0)).shape == (dim,)]
+    blocks = [k.removesuffix("running_mean") for k in means]
+    blocks = [b for b in blocks if left.get(b + "weight", torch.empty(0)).shape == (dim,)]
     is_class = re.compile(r"classifier|fc\.|heads\.weight|logits")
     linear = [k for k, v in left.items() if v.ndim == 2 and len(v) == dim]
     other_layer = any(not is_class.search(k) or "fc.0." in k for k in linear)

@@ -242,8 +242,9 @@ def other_run_error(
     lines = "\n     ".join(changed or ["(the code of its stages)"])
     return DomainMixError(
         f"{home} contains a run with another configuration:\n     {lines}\n  {outcome}",
-        f"{'choose another name (--run) or the old settings; or ' * has_flag('run')}give --update, which redoes only these "
-        f"stages{', or --fresh, which deletes the run and starts again' * has_flag('fresh')}",
+        f"{'choose another name (--run) or the old settings; or ' * has_flag('run')}"
+        "give --update, which redoes only these stages"
+        f"{', or --fresh, which deletes the run and starts again' * has_flag('fresh')}",
     )
 
 # %% ../../nbs/runs/02_folder.ipynb #43c48521
@@ -253,7 +254,8 @@ def _existing_files(home: Path) -> list[Path]:
     if not there or (home/"config.json").is_file(): return there
     if all(p in unfinished_files(home) for p in there): return []  # a run was killed before its first file was complete
     raise DomainMixError(
-        f"{home} exists and is not the folder of a run: it has no config.json", "choose another --run" if has_flag("run") else "move it elsewhere",
+        f"{home} exists and is not the folder of a run: it has no config.json", 
+        "choose another --run" if has_flag("run") else "move it elsewhere",
     )
 
 # %% ../../nbs/runs/02_folder.ipynb #f1d9802c
