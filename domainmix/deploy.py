@@ -38,7 +38,7 @@ from .inference import find_net, model_settings, open_net, write_features
 from .norms import IBN, from_domain_bn
 from .runs.inputs import decode_split
 from .runs.settings import RunConfig, check_choice, configure
-from .runs.stages import feature_options
+
 
 # %% ../nbs/62_deploy.ipynb #654611b3
 class SplitNorm(nn.Module):

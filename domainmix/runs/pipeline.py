@@ -293,9 +293,10 @@ def _count_identities(split: Split) -> int:
 def _too_few(config: RunConfig, section: str, p: int, there: int, what: str) -> list[Fault]:
     "A fault if a batch of a stage needs more identities than there are."
     if p <= there: return []
-    of_p = "" if p == getattr(config, section).p else f", {p} of them from {what}"
-    return [Fault(f"{flag(f'{section}.p')} is {getattr(config, section).p}{of_p}, but {what} has at most {there} identities",
-                  "lower it, or give more images")]
+    whole = getattr(config, section).p
+    of_p = "" if p == whole else f", {p} of them from {what}"
+    said = f"{flag(f'{section}.p')} is {whole}{of_p}, but {what} has at most {there} identities"
+    return [Fault(said, "lower it, or give more images")]
 
 # %% ../../nbs/runs/04_pipeline.ipynb #18d37a55
 def _synthetic_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
