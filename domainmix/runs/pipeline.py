@@ -353,11 +353,13 @@ def _mixed_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
 def size_faults(
     config: RunConfig,  # validated
     inputs: Inputs,     # what was read
+    labels_only: bool = False,  # are stages 2 and 3 not run?
 ) -> list[Fault]:
     "The settings for which the sets are too small."
     faults = _synthetic_size_faults(config, inputs)
     if inputs.real is not None: faults += _real_size_faults(config, inputs)
-    return list(dict.fromkeys(faults or _mixed_size_faults(config, inputs)))
+    if not faults and not labels_only: faults = _mixed_size_faults(config, inputs)
+    return list(dict.fromkeys(faults))
 
 # %% ../../nbs/runs/04_pipeline.ipynb #4371abc6
 def run(
@@ -401,7 +403,7 @@ def make_labels(
     init_distributed(config.device)
     config, home = validate_config(config), run_folder(config)
     inputs = read_inputs(config, ("synthetic", "real"))
-    raise_faults(size_faults(config, inputs))
+    raise_faults(size_faults(config, inputs, labels_only=True))
     record = config_record(config, inputs)
     with locked(home):
         stages = [s for s in plan_stages(config, inputs, home) if s.name in ("stage0", "stage1", "stage1/refined")]
