@@ -38,7 +38,6 @@ from .inference import find_net, model_settings, open_net, write_features
 from .norms import IBN, from_domain_bn
 from .runs.inputs import decode_dataset, tell_read
 from .runs.settings import RunConfig, check_choice, configure
-from .runs.stages import feature_options
 
 # %% ../nbs/62_deploy.ipynb #654611b3
 class SplitNorm(nn.Module):
@@ -164,7 +163,8 @@ def check_opset(
     import onnx
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST_OPSET <= opset <= newest:
-        raise DomainMixError(f"{flag('opset')} is {opset}", f"give {OLDEST_OPSET} to {newest}; {OLDEST_OPSET} runs everywhere")
+        remedy = f"give {OLDEST_OPSET} to {newest}; {OLDEST_OPSET} runs everywhere"
+        raise DomainMixError(f"{flag('opset')} is {opset}", remedy)
     return opset
 
 # %% ../nbs/62_deploy.ipynb #3ebcf1d6
@@ -419,6 +419,12 @@ def write_checked(
     largest = check_parity(differences, kind.file, tolerance)
     return {"file": kind.file, "sha256": checksum, "largest_difference": largest}
 
+# %% ../nbs/62_deploy.ipynb #d3b8f6a1
+def _program_of(net: nn.Module, height: int, width: int, **options: Any) -> torch.export.ExportedProgram:
+    "The program of a network; options as for `FeatureExtractor`."
+    with exporter_errors("the export"):
+        return export_program(FeatureExtractor(net, **options), height, width)
+
 # %% ../nbs/62_deploy.ipynb #4a58d549
 def export(
     model: str | Path,  # a run's name or folder, a stage's folder, or a .safetensors file
@@ -435,16 +441,14 @@ def export(
     "Write `out`/model.onnx, `out`/model.pt2 and `out`/card.json, or nothing; return the card."
     kinds = export_formats(formats, tolerance, input, opset)
     path, (net, height, width) = find_net(model, data), open_net(model, config, data)
-    run_config, feature_config = (model_settings(model, data, **kw) for kw in ({}, {"feature": feature, "flip": flip}))
-    use = {k: feature_options(feature_config)[k] for k in ("feature", "flip")}
+    run_config, feature_config = model_settings(model, data), model_settings(model, data, feature=feature, flip=flip)
+    use = dict(feature=feature_config.feature, flip=feature_config.flip)
     with output_folder(out) as folder:
-        with exporter_errors("the export"):
-            program = export_program(FeatureExtractor(net, **use, kind=input), height, width)
-        options = dict(height=height, width=width, **use)
-        files = {name: write_checked(kind, program, folder, tolerance, net, **options) for name, kind in kinds.items()}
-        versions = package_versions("torch", *required_packages(kinds))
-        card = {**make_card(path, net, height, width, feature_config, run_config, input),
-                "files": files, "tolerance": tolerance, "versions": versions}
+        program = _program_of(net, height, width, kind=input, **use)
+        files = {name: write_checked(kind, program, folder, tolerance, net, height=height, width=width, **use)
+                 for name, kind in kinds.items()}
+        card = {**make_card(path, net, height, width, feature_config, run_config, input), "files": files,
+                "tolerance": tolerance, "versions": package_versions("torch", *required_packages(kinds))}
         save_json(folder/"card.json", card)
     return card
 

@@ -174,8 +174,10 @@ def _load_pickled(path: str | Path) -> Any:
         raise _unreadable_error(path, error) from error
 
 # %% ../nbs/23_weights.ipynb #ed6144ff
-WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model_state_dict", "model",
-            "net", "network", "weights", "params", "backbone", "student")   # entries that hold the tensors, best first
+WRAPPERS = (   # entries that hold the tensors, best first
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "state_dict", "model_state_dict", "model", "net",
+    "network", "weights", "params", "backbone", "student",
+)
 
 # %% ../nbs/23_weights.ipynb #131635de
 def _path_to_tensors(value: Any, levels: int = 4) -> tuple[str, ...] | None:
@@ -211,7 +213,8 @@ def read_weights(
     keys = _path_to_tensors(value)
     if keys is None:
         found = ", ".join(map(str, list(value)[:6])) if isinstance(value, dict) else f"a {type(value).__name__}"
-        raise DomainMixError(f"{path} contains no state dict, but {printable(found):.120}", "give a file of named tensors")
+        said = f"{path} contains no state dict, but {printable(found):.120}"
+        raise DomainMixError(said, "give a file of named tensors")
     beside, tensors = [k for k in value if keys and k != keys[0]], value
     for key in keys:
         tensors = tensors[key]
@@ -271,7 +274,8 @@ def _named_layers(names: dict[str, str], ours: Iterable[str], prefix: str) -> Bo
 # %% ../nbs/23_weights.ipynb #6604ac70
 def _candidate_matches(names: dict[str, str], ours: list[str]) -> Iterator[BodyMatch]:
     "The ways in which names of a file may be those of a body."
-    anchors = dict.fromkeys(next(k for k in ours if k.split(".")[0] == layer) for layer in {k.split(".")[0] for k in ours})
+    layers = dict.fromkeys(k.split(".")[0] for k in ours)
+    anchors = [next(k for k in ours if k.split(".")[0] == layer) for layer in layers]    # the first name of each
     for prefix in sorted({k[:-len(a)] for k in names for a in anchors if k == a or k.endswith("." + a)}):
         yield BodyMatch(_behind_prefix(names, prefix), prefix)
     for prefix in sorted({m[1] for k in names if (m := re.match(r"((?:[^.]+\.)*?)\d+\.", k))}):
@@ -318,10 +322,12 @@ def _is_behind_body(match: BodyMatch, name: str, tensor: Tensor, layers: set[str
 # %% ../nbs/23_weights.ipynb #3b162438
 def _find_neck(left: dict[str, Tensor], dim: int) -> tuple[str, dict[str, Tensor]]:
     "The BN neck among the tensors behind a body: what its names begin with, and its tensors; empty if there is none."
-    blocks = [k.removesuffix("running_mean") for k, v in left.items() if k.endswith("running_mean") and v.shape == (dim,)]
+    means = [k for k, v in left.items() if k.endswith("running_mean") and v.shape == (dim,)]
+    blocks = [k.removesuffix("running_mean") for k in means]
     blocks = [b for b in blocks if left.get(b + "weight", torch.empty(0)).shape == (dim,)]
     is_class = re.compile(r"classifier|fc\.|heads\.weight|logits")
-    other_layer = any(v.ndim == 2 and len(v) == dim and (not is_class.search(k) or "fc.0." in k) for k, v in left.items())
+    linear = [k for k, v in left.items() if v.ndim == 2 and len(v) == dim]
+    other_layer = any(not is_class.search(k) or "fc.0." in k for k in linear)
     if len(blocks) != 1 or other_layer:
         return "", {}
     state = {k.removeprefix(blocks[0]): v for k, v in left.items() if k.startswith(blocks[0])}
@@ -383,7 +389,8 @@ def toolbox_name(file: WeightsFile) -> str:
 def _count_blocks(names: list[str]) -> str:
     "Names of tensors as blocks with their numbers."
     blocks = Counter(k.removeprefix("module.").split(".")[0] for k in names)
-    return ", ".join(f"{printable(block):.40} ({n})" for block, n in list(blocks.items())[:8]) + ", ..." * (len(blocks) > 8)
+    shown = [f"{printable(block):.40} ({n})" for block, n in list(blocks.items())[:8]]
+    return ", ".join([*shown, "..."] if len(blocks) > 8 else shown)
 
 # %% ../nbs/23_weights.ipynb #bc52e7f0
 def weights_report(

@@ -437,9 +437,10 @@ def test_one_identity_or_one_camera(domainmix, sets, flags):
 
 
 def test_fewer_identities_than_the_batch_wants(domainmix, flags):
-    wrong(domainmix("run", *flags, "--run", "p", "--pretrain.p", "30"), "stage0", "30 identities", "only 10 with labels", "lower p")
-    wrong(domainmix("run", *flags, "--run", "q", "--method", "labelled", "--stage2.p", "30"), "stage2", "lower p")
-    assert (domainmix.cwd / "data/runs/q/stage0/model.safetensors").is_file()          # what was done is kept
+    "Said when the sets have been read, before anything is trained; without the others, as many as fit."
+    wrong(domainmix("run", *flags, "--run", "p", "--pretrain.p", "30"), "--pretrain.p is 30", "A has at most 10 identities", "lower it")
+    wrong(domainmix("run", *flags, "--run", "q", "--method", "labelled", "--stage2.p", "30"), "--stage2.p is 30", "at most 10 identities", "lower it")
+    assert not list((domainmix.cwd / "data/runs").glob("[pq]/stage0"))
 
 
 def test_no_clusters_or_everything_in_one(domainmix, sets, flags):
@@ -474,7 +475,7 @@ def test_weights_of_another_architecture(after, sets, flags):
 def test_loss_that_is_not_a_number(after, flags):
     home = after.cwd / "data/runs/first"
     good = (home / "stage2/model.safetensors").read_bytes()
-    said = after("run", *flags, *FIRST, "--stage3.lr", "1e30", "--update")
+    said = after("run", *flags, *FIRST, "--stage3.temperature", "1e-40", "--update")
     wrong(said, "stage3, epoch", "iteration", "learning rate")
     assert (home / "stage2/model.safetensors").read_bytes() == good
     assert after("run", *flags, *FIRST, "--update").code == 0

@@ -112,7 +112,8 @@ def split_query_gallery(
         example = r"(?P<pid>\d+)_c(?P<camera>\d+)"
         raise DomainMixError(
             f"{dataset.root} has no identities, so nothing can be scored on it",
-            f"give a {flag('target_pattern', 'pattern')} with a group pid, such as '{example}', or leave the target out",
+            f"give a {flag('target_pattern', 'pattern')} with a group pid, such as '{example}', "
+            "or leave the target out",
         )
     r = r[r.pid >= 0]
     pairs, first = np.unique(np.stack([r.pid, r.camera]), axis=1, return_index=True)  # by identity, then camera
@@ -174,7 +175,8 @@ def check_split(
     if not len(records): raise DomainMixError(f"{what} has no images", "check the path")
     if labelled and not records.n_ids:
         raise DomainMixError(
-            f"{what} has no identities", f"give a {flag('pattern')} with a group pid for the file names of a folder: set",
+            f"{what} has no identities",
+            f"give a {flag('pattern')} with a group pid for the file names of a folder: set",
         )
     if records.n_ids == 1:
         raise DomainMixError(f"{what} has one identity only ({n})", "give images of at least two people")

@@ -293,9 +293,10 @@ def _count_identities(split: Split) -> int:
 def _too_few(config: RunConfig, section: str, p: int, there: int, what: str) -> list[Fault]:
     "A fault if a batch of a stage needs more identities than there are."
     if p <= there: return []
-    of_p = "" if p == getattr(config, section).p else f", {p} of them from {what}"
-    return [Fault(f"{flag(f'{section}.p')} is {getattr(config, section).p}{of_p}, but {what} has at most {there} identities",
-                  "lower it, or give more images")]
+    whole = getattr(config, section).p
+    of_p = "" if p == whole else f", {p} of them from {what}"
+    said = f"{flag(f'{section}.p')} is {whole}{of_p}, but {what} has at most {there} identities"
+    return [Fault(said, "lower it, or give more images")]
 
 # %% ../../nbs/runs/04_pipeline.ipynb #18d37a55
 def _synthetic_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
@@ -324,7 +325,8 @@ def _real_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
         remedy = f"set {name} below {n}" if cluster.k1 and n > 2 else "give more images"
         faults.append(Fault(f"B has {n} images: {e.what}", remedy))
     if kind == "refined" and n < config.lower:
-        faults.append(Fault(f"{flag('lower')} is {config.lower}, but B has only {n} images", "lower it, or give more images"))
+        said = f"{flag('lower')} is {config.lower}, but B has only {n} images"
+        faults.append(Fault(said, "lower it, or give more images"))
     return faults
 
 # %% ../../nbs/runs/04_pipeline.ipynb #869c3a03
@@ -351,11 +353,13 @@ def _mixed_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
 def size_faults(
     config: RunConfig,  # validated
     inputs: Inputs,     # what was read
+    labels_only: bool = False,  # are stages 2 and 3 not run?
 ) -> list[Fault]:
     "The settings for which the sets are too small."
     faults = _synthetic_size_faults(config, inputs)
     if inputs.real is not None: faults += _real_size_faults(config, inputs)
-    return list(dict.fromkeys(faults or _mixed_size_faults(config, inputs)))
+    if not faults and not labels_only: faults = _mixed_size_faults(config, inputs)
+    return list(dict.fromkeys(faults))
 
 # %% ../../nbs/runs/04_pipeline.ipynb #4371abc6
 def run(
@@ -399,7 +403,7 @@ def make_labels(
     init_distributed(config.device)
     config, home = validate_config(config), run_folder(config)
     inputs = read_inputs(config, ("synthetic", "real"))
-    raise_faults(size_faults(config, inputs))
+    raise_faults(size_faults(config, inputs, labels_only=True))
     record = config_record(config, inputs)
     with locked(home):
         stages = [s for s in plan_stages(config, inputs, home) if s.name in ("stage0", "stage1", "stage1/refined")]

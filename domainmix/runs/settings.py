@@ -279,16 +279,17 @@ class Range(NamedTuple):
     def words(self) -> str:
         "What to give instead."
         low, high = (f"{v:,}".replace(",", "") for v in (self.low, self.high))
-        return f"give a number {'above' if self.open_low else 'from'} {low} {'to below' if self.open_high else 'to'} {high}"
+        return f"give a number {'above' if self.open_low else 'from'} {low} to {'below ' * self.open_high}{high}"
 
 # %% ../../nbs/runs/00_settings.ipynb #e287e308
 SHARE, BELOW_ONE, COUNT, WEIGHT = Range(0, 1), Range(0, 1, open_high=True), Range(1, 10**6), Range(0, 10**6)
 TRAINING_RANGES = {
     "epochs": Range(1, 10**5), "pretrain.epochs": Range(0, 10**5), "iterations": COUNT,
     "p": Range(2, 4096), "spcl.p": Range(1, 4096), "k": Range(2, 4096), "spcl.k": Range(1, 4096),
-    "lr": Range(0, 10, True), "disc_lr": Range(0, 10, True), "weight_decay": Range(0, 10), "milestones": Range(0, 10**5),
-    "warmup": Range(0, 10**5), "lambda_id": WEIGHT, "lambda_m": WEIGHT, "smoothing": BELOW_ONE,
-    "temperature": Range(0, 1000, True), "margin": Range(0, 1000), "ema": BELOW_ONE, "mmt.ema": Range(0, 1, True, True),
+    "lr": Range(0, 10, True), "disc_lr": Range(0, 10, True), "weight_decay": Range(0, 10),
+    "milestones": Range(0, 10**5), "warmup": Range(0, 10**5), "lambda_id": WEIGHT, "lambda_m": WEIGHT,
+    "smoothing": BELOW_ONE, "temperature": Range(0, 1000, True), "margin": Range(0, 1000), "ema": BELOW_ONE,
+    "mmt.ema": Range(0, 1, True, True),
     "samples_per_bn": Range(2, 10**5), "ratio": COUNT, "momentum": SHARE, "soft_id": SHARE, "soft_triplet": SHARE,
     "cluster.k1": Range(2, 10**4), "cluster.k2": Range(1, 10**4), "cluster.eps": Range(0, 1, True, True),
     "cluster.eps_gap": BELOW_ONE, "cluster.min_samples": Range(1, 10**5),
@@ -298,7 +299,8 @@ TRAINING_RANGES = {
 
 # %% ../../nbs/runs/00_settings.ipynb #65ac62f3
 WORLD_RANGES = {
-    "world.seed": Range(-2**63, 2**63), "held_out": BELOW_ONE, "world.height": Range(16, 4096), "world.width": Range(8, 4096),
+    "world.seed": Range(-2**63, 2**63), "held_out": BELOW_ONE,
+    "world.height": Range(16, 4096), "world.width": Range(8, 4096),
     "ids": COUNT, "cameras": Range(1, 10**4), "scenes": Range(1, 10**4), "cameras_per_id": Range(1, 10**4),
     "images_per_camera": Range(1, 10**4), "blur": Range(-100, 100),
     **dict.fromkeys(("passers_by", "summer", "matching", "look_alikes", "saturation_loss", "occluder", "clutter",
@@ -397,10 +399,9 @@ def _length_faults(config: RunConfig) -> list[Fault]:
             faults.append(Fault(f"{flag(f'{section}.epochs')} x {flag(f'{section}.iterations')} is "
                                 f"{c.epochs * c.iterations:,} steps", f"give at most {MOST_STEPS:,}"))
     c = config.stage3
-    if METHODS[config.method].loss and c.alternate != "iteration" and c.epochs == 1 and c.loss not in ("none", "reverse"):
-        if c.alternate == "epoch":
-            faults.append(Fault(f"{flag('stage3.epochs')} is 1, and the only epoch is for the discriminator",
-                                "give an even number: half of the epochs are for the discriminator"))
+    if METHODS[config.method].loss and c.alternate == "epoch" and c.epochs == 1:
+        faults.append(Fault(f"{flag('stage3.epochs')} is 1, and the only epoch is for the discriminator",
+                            "give an even number: half of the epochs are for the discriminator"))
     return faults
 
 # %% ../../nbs/runs/00_settings.ipynb #93cf4301
@@ -423,7 +424,8 @@ def _weights_faults(config: RunConfig) -> list[Fault]:
     "A file of weights that does not exist."
     weights = config.net.weights
     if weights in ("none", "imagenet") or os.path.isfile(weights): return []
-    return [Fault(f"{flag('net.weights')} is {weights!r:.80}, and there is no such file", "give none, imagenet, or a file")]
+    said = f"{flag('net.weights')} is {weights!r:.80}, and there is no such file"
+    return [Fault(said, "give none, imagenet, or a file")]
 
 # %% ../../nbs/runs/00_settings.ipynb #0e119889
 def raise_faults(faults: list[Fault]) -> None:
@@ -431,7 +433,8 @@ def raise_faults(faults: list[Fault]) -> None:
     if len(faults) == 1: raise DomainMixError(*faults[0])
     if faults:
         lines = "\n     ".join(f"{what}: {remedy}" for what, remedy in faults)
-        raise DomainMixError(f"{len(faults)} settings cannot be used:\n     {lines}", "correct them; nothing was trained")
+        said = f"{len(faults)} settings cannot be used:\n     {lines}"
+        raise DomainMixError(said, "correct them; nothing was trained")
 
 # %% ../../nbs/runs/00_settings.ipynb #8b747816
 def _caught(check: Callable, *arguments: Any) -> list[Fault]:

@@ -140,9 +140,12 @@ def _do_row(
         return {"method": config.method, "seed": config.seed, **dict.fromkeys(SCORES), "error": str(e)}
 
 # %% ../../nbs/runs/05_tables.ipynb #96874ec3
-def _check_sizes(configs: list[RunConfig], inputs: Inputs) -> None:
-    "Refuse sets that are too small for a row of the table."
-    raise_faults(list(dict.fromkeys(fault for config in configs for fault in size_faults(config, inputs))))
+def _checked_inputs(configs: list[RunConfig], keep_going: bool) -> Inputs:
+    "The images of a table; unless it goes on after a row that fails, sets that are too small for a row are refused."
+    inputs = read_inputs(configs[-1])
+    faults = [fault for config in configs for fault in size_faults(config, inputs)]
+    if not keep_going: raise_faults(list(dict.fromkeys(faults)))
+    return inputs
 
 # %% ../../nbs/runs/05_tables.ipynb #a678be8c
 def run_methods(
@@ -157,8 +160,7 @@ def run_methods(
     "Do every method with every seed; gives the rows that table.json holds."
     init_distributed(base.device)
     configs, home, rows = _row_configs(base, methods, seeds), run_folder(base), []
-    inputs = read_inputs(configs[-1])
-    if not keep_going: _check_sizes(configs, inputs)
+    inputs = _checked_inputs(configs, keep_going)
     record = config_record(inherit_settings(base), inputs, methods=list(methods), seeds=list(seeds))
     with locked(home):
         plans = [(c, *plan_run(c, inputs, home/f"seed{c.seed}", shared=True)) for c in configs]
