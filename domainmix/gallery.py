@@ -343,7 +343,7 @@ def list_both(
         look_up(sides[0], gallery)
     return sides
 
-# %% ../nbs/67_gallery.ipynb #576afccb
+# %% ../nbs/67_gallery.ipynb #b1be7639
 def search(
     model: Model | str | Path,     # a loaded model, or what `domainmix.load` takes
     query: Any,                    # an image file, a folder, a data set, a list of files, or images in memory
@@ -363,8 +363,7 @@ def search(
     check_search(top, index, threshold)
     memory = in_memory(query)
     sides = (None, list_source(gallery)) if memory else list_both(query, gallery, pattern)
-    nobody = ImageFiles(["image"], ["image"])     # of an image in memory no camera is known
-    check_cameras(sides[0] or nobody, sides[1], other_cameras, centre_cameras)
+    check_cameras(sides[0] or ImageFiles([""], [""]), sides[1], other_cameras, centre_cameras)
     model = open_model(model, data="data" if data is None else data, **options)
     how = dict(folder=None if data is None else Path(data)/"features", skip_bad=skip_bad, batch=batch)
     asked = embed_in_memory(model, query, batch) if memory else embed_files(model, sides[0], **how)

@@ -8,9 +8,10 @@ __all__ = ['THUMBNAIL_SIZE', 'SHEET_QUERIES', 'PAGE_QUERIES', 'PAGE_CSS', 'RESUL
            'answers_page', 'result_files', 'require_matplotlib', 'write_results', 'threshold_figure', 'SearchView',
            'view_answers', 'search_figure']
 
-# %% ../nbs/68_search_views.ipynb #8818bb0f
+# %% ../nbs/68_search_views.ipynb #18ba0365
 import html
 import importlib.util
+import os
 import warnings
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def answers_page(
 # %% ../nbs/68_search_views.ipynb #d8a46279
 RESULT_KINDS = (".csv", ".json", ".png", ".html")
 
-# %% ../nbs/68_search_views.ipynb #afdde417
+# %% ../nbs/68_search_views.ipynb #4de217e4
 def result_files(
     out: str | Path,  # a folder, or one file with one of `RESULT_KINDS`
 ) -> list[Path]:
@@ -167,6 +168,8 @@ def result_files(
     above = next((p for p in (folder, *folder.parents) if p.exists()), Path("."))
     if not above.is_dir():
         raise DomainMixError(f"{above} is not a folder", "give --out another folder, or a file in another folder")
+    if not os.access(above, os.W_OK):
+        raise DomainMixError(f"cannot write into {above}", "give --out another folder, or change its permissions")
     if is_file and out.suffix.lower() == ".png":
         require_matplotlib()
     return [out] if is_file else [folder/f"answers{kind}" for kind in RESULT_KINDS]
