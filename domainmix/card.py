@@ -242,9 +242,10 @@ def card_input(
     where = {"uint8": "inside the graph: give bytes, 0 to 255",
              "float32": "by you: divide the bytes by 255, subtract the mean, divide by std",
              "unit": "inside the graph: give the bytes divided by 255"}[kind]
-    return {"name": "images", "type": "uint8" if kind == "uint8" else "float32", "shape": ["batch", 3, height, width],
-            "colour_order": "RGB", "aspect": aspect, "resize": resize,
-            "normalisation": {"where": where, "mean": mean, "std": std}}
+    normalisation = {"where": where, "mean": mean, "std": std}
+    number, shape = "uint8" if kind == "uint8" else "float32", ["batch", 3, height, width]
+    return {"name": "images", "type": number, "shape": shape, "colour_order": "RGB", "aspect": aspect,
+            "resize": resize, "normalisation": normalisation}
 
 # %% ../nbs/61_card.ipynb #ede4d069
 def card_output(

@@ -78,7 +78,7 @@ class LabelCommand(RunCommand):
 @dataclass
 class EvaluateCommand(FeatureCommand):
     "Test a trained network on a target."
-    model: str                      # a run's name or folder, a stage's folder, or a file of weights (.safetensors, .pth)
+    model: str                      # a run's name or folder, a stage's folder, or a file of weights
     target: str                     # the data set to test on: market1501:DIR, folder:DIR with a pattern, world, ...
     pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera
     centre_cameras: bool = False    # subtract the mean feature of each camera: needs all images at once, no labels
@@ -90,11 +90,11 @@ class EvaluateCommand(FeatureCommand):
 class EmbedCommand(FeatureCommand):
     "Features of all images of a folder or data set."
     images: str                     # images to embed: folder:DIR, market1501:DIR, world, ...
-    model: str | None = None        # a run's name or folder, a stage's folder, or a file of weights (.safetensors, .pth)
+    model: str | None = None        # a run's name or folder, a stage's folder, or a file of weights
     onnx: str | None = None         # instead of --model: an exported model.onnx, or its folder, run by onnxruntime
     out: str = "features.npy"       # float32 (N, D), one row for each image; paths, pid, camera ... in a .csv beside it
     pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera, for the .csv
-    deepsort: str | None = None     # also write arrays for DeepSORT into this folder, for crops with a boxes.csv
+    deepsort: str | None = None     # of the crops of `domainmix crop`: also write arrays for DeepSORT into this folder
 
 # %% ../nbs/79_commands.ipynb #48fa3e5a
 @dataclass
@@ -110,7 +110,7 @@ class LookCommand:
 @dataclass
 class TuneCommand(FeatureCommand):
     "Learn a metric for a trained network's features from unlabelled images, in seconds, without training."
-    model: str                      # a run's name or folder, a stage's folder, or a file of weights (.safetensors, .pth)
+    model: str                      # a run's name or folder, a stage's folder, or a file of weights
     images: str                     # unlabelled images of real cameras: folder:DIR, market1501:DIR, ...
     out: str = "tuned.safetensors"  # file for the network with its metric, for evaluate, embed and export
     ridge: float = 10.              # regularisation; smaller: what varies within a person counts less
@@ -120,7 +120,7 @@ class TuneCommand(FeatureCommand):
 @dataclass
 class ExportCommand:
     "Write a trained network as ONNX and torch.export, with a card that describes it."
-    model: str                      # a run's name or folder, a stage's folder, or a file of weights (.safetensors, .pth)
+    model: str                      # a run's name or folder, a stage's folder, or a file of weights
     out: str                        # the folder to make: model.onnx, model.pt2, card.json
     formats: tuple[Literal["onnx", "torch"], ...] = ("onnx", "torch")  # files to write: model.onnx, model.pt2 (torch)
     # what the files take: uint8; float32, normalised as trackers feed it; or unit, float32 from 0 to 1

@@ -294,8 +294,7 @@ def evaluate(
     cameras = query_records.camera, gallery_records.camera
     if centre_cameras and (np.concatenate(cameras) < 0).all():
         raise DomainMixError("centring needs the cameras of the target, but none is known",
-                             f"give {flag('target_pattern', 'pattern')} with a group camera, "
-                             f"or leave {flag('centre_cameras')} out")
+                             f"give {flag('pattern')} with a group camera, or leave {flag('centre_cameras')} out")
     q, g = (extract_features(net, i, batch, device, flip, precision, feature) for i in (query_images, gallery_images))
     own = find_same_files(query_records, query_images, gallery_records, gallery_images)
     if centre_cameras: q, g = camera_centre(np.concatenate([q, g]), np.concatenate(cameras)).split([len(q), len(g)])

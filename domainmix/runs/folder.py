@@ -39,11 +39,6 @@ class Stage:
     section: str = ""             # the name in `settings` of the part that has `epochs`; empty: it trains nothing
     keep_state: bool = True       # keep the state after the last epoch where more epochs could continue from it
 
-    @property
-    def training(self) -> Any:
-        "The settings of its training; None if it trains nothing."
-        return self.settings.get(self.section)
-
     @functools.cached_property
     def key(self) -> str:
         "The hash of everything that the stage depends on."
@@ -67,6 +62,11 @@ def _manifest(stage: Stage) -> dict:
     return {"stage": stage.name, "hash": stage.key, "version": __version__, "settings": to_dict(stage.settings),
             "after": {s.name: s.key for s in stage.depends_on}, "finished": False}
 
+# %% ../../nbs/runs/02_folder.ipynb #a7c1e5f2
+def _training(stage: Stage) -> Any:
+    "The settings of the training that a stage does; None if it trains nothing."
+    return stage.settings.get(stage.section)
+
 # %% ../../nbs/runs/02_folder.ipynb #74e39fe4
 class Continuation(NamedTuple):
     "Can the stage in a folder be continued by one with another number of epochs?"
@@ -76,7 +76,7 @@ class Continuation(NamedTuple):
 # %% ../../nbs/runs/02_folder.ipynb #415b54f9
 def _other_length(stage: Stage) -> int | None:
     "The epochs of the stage in the folder, if it differs from `stage` by this number only."
-    file, training = stage.folder/"stage.json", stage.training
+    file, training = stage.folder/"stage.json", _training(stage)
     manifest = load_json(file) if file.is_file() and training is not None else None
     old = manifest.get("settings") if isinstance(manifest, dict) else None
     there = old.get(stage.section) if isinstance(old, dict) else None
@@ -92,8 +92,8 @@ def continuation(stage: Stage) -> Continuation | None:
     done = _other_length(stage)
     if done is None: return None
     has_state = any((stage.folder/name).is_file() for name in (FINISHED_CHECKPOINT, "last.ckpt"))
-    reason = length_obstacle(stage.training)
-    if done > stage.training.epochs: reason = f"it has {done} epochs, more than {stage.training.epochs}"
+    reason = length_obstacle(_training(stage))
+    if done > _training(stage).epochs: reason = f"it has {done} epochs, more than {_training(stage).epochs}"
     elif not reason and not has_state:
         reason = "its state was not kept, by an earlier version or because keep_state was off"
     return Continuation(done, reason)
@@ -103,7 +103,7 @@ def _go_on(stage: Stage) -> bool:
     "Prepare the folder of a stage to go on from its last epoch; False if it must start from the beginning. Says which."
     found = continuation(stage)
     if found is None: return False
-    done = 0 if found.obstacle else extend_checkpoint(stage.folder, stage.training.epochs)
+    done = 0 if found.obstacle else extend_checkpoint(stage.folder, _training(stage).epochs)
     if not done:
         reason = found.obstacle or "its state cannot be read"
         tqdm.write(f"{stage.name} starts from the beginning, {found.epochs} epochs are done again: {reason}")
@@ -130,7 +130,7 @@ def _finish_stage(stage: Stage, seconds: float) -> None:
     digests = {p.name: fingerprint(np.load(p, mmap_mode="r")) for p in stage.folder.glob("*.npy")}
     end = {"finished": True, "seconds": round(seconds, 1), "digests": digests}
     save_json(stage.folder/"stage.json", {**_manifest(stage), **end})
-    can_go_on = stage.training is not None and not length_obstacle(stage.training)
+    can_go_on = _training(stage) is not None and not length_obstacle(_training(stage))
     remove_checkpoints(stage.folder, keep_last=can_go_on and stage.keep_state)
 
 # %% ../../nbs/runs/02_folder.ipynb #86c9de69
@@ -243,8 +243,9 @@ def other_run_error(
     lines = "\n     ".join(changed or ["(the code of its stages)"])
     return DomainMixError(
         f"{home} contains a run with another configuration:\n     {lines}\n  {outcome}",
-        f"{'choose another name (--run) or the old settings; or ' * has_flag('run')}give --update, which redoes only these "
-        f"stages{', or --fresh, which deletes the run and starts again' * has_flag('fresh')}",
+        f"{'choose another name (--run) or the old settings; or ' * has_flag('run')}"
+        "give --update, which redoes only these stages"
+        f"{', or --fresh, which deletes the run and starts again' * has_flag('fresh')}",
     )
 
 # %% ../../nbs/runs/02_folder.ipynb #43c48521
@@ -254,7 +255,8 @@ def _existing_files(home: Path) -> list[Path]:
     if not there or (home/"config.json").is_file(): return there
     if all(p in unfinished_files(home) for p in there): return []  # a run was killed before its first file was complete
     raise DomainMixError(
-        f"{home} exists and is not the folder of a run: it has no config.json", "choose another --run" if has_flag("run") else "move it elsewhere",
+        f"{home} exists and is not the folder of a run: it has no config.json", 
+        "choose another --run" if has_flag("run") else "move it elsewhere",
     )
 
 # %% ../../nbs/runs/02_folder.ipynb #f1d9802c
