@@ -722,6 +722,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                   'domainmix.images.middle_rows': ('images.html#middle_rows', 'domainmix/images.py'),
                                   'domainmix.images.normalise': ('images.html#normalise', 'domainmix/images.py'),
                                   'domainmix.images.open_cache': ('images.html#open_cache', 'domainmix/images.py'),
+                                  'domainmix.images.refuse_empty': ('images.html#refuse_empty', 'domainmix/images.py'),
                                   'domainmix.images.report_unreadable': ('images.html#report_unreadable', 'domainmix/images.py'),
                                   'domainmix.images.size_and_time': ('images.html#size_and_time', 'domainmix/images.py'),
                                   'domainmix.images.unreadable_images_text': ('images.html#unreadable_images_text', 'domainmix/images.py'),
