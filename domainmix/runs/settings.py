@@ -39,7 +39,7 @@ class InputConfig:
     backbone: str = "small"       # small, resnet50[_ibn], osnet[_ibn][_x0_25] or timm:NAME; it brings its own settings
     height: int = 64              # rows of an image as the network sees it
     width: int = 32               # columns of an image as the network sees it
-    pattern: str | None = None    # regular expression with groups pid and camera, for names of folder: (market1501:) sets
+    pattern: str | None = None    # regular expression with groups pid and camera, for names of files of folder: sets
     target_pattern: str | None = None  # the pattern of the target, if it is not that of --pattern
     skip_bad: bool = False        # leave unreadable images out, and count them
     # images of another aspect than height and width: squeezed (stretch), or whole in a frame of one colour (letterbox)
