@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHECKSUM_BLOCK', 'BLOCKS_PER_TASK', 'MEAN', 'STD', 'decode_files', 'unreadable_images_text', 'size_and_time',
            'content_key', 'block_checksums', 'checksums', 'cache_index', 'cache_intact', 'open_cache', 'allocate_npy',
-           'drop_images', 'fill_cache', 'load_from_cache', 'report_unreadable', 'warn_of_blank', 'decode_images',
-           'load_images', 'middle_rows', 'file_digest', 'find_same_files', 'normalise']
+           'drop_images', 'fill_cache', 'load_from_cache', 'report_unreadable', 'warn_of_blank', 'refuse_empty',
+           'decode_images', 'load_images', 'middle_rows', 'file_digest', 'find_same_files', 'normalise']
 
 # %% ../nbs/15_images.ipynb #192f76bc
 import hashlib
@@ -256,6 +256,12 @@ def warn_of_blank(
                       "Look at them: they may be damaged, or hold numbers of another range than their format tells")
 
 # %% ../nbs/15_images.ipynb #2124f505
+def refuse_empty(records: Records) -> None:
+    "Raise an error if there are no images."
+    if not len(records):
+        raise DomainMixError("there are no images to load", "check the data set: this part of it is empty")
+
+# %% ../nbs/15_images.ipynb #0e9e54fa
 def decode_images(
     records: Records,                 # which images
     height: int,                      # rows of the result
@@ -266,15 +272,15 @@ def decode_images(
     aspect: str = "stretch",          # or letterbox: keep the aspect of each image
 ) -> tuple[torch.Tensor, Records, str]:
     "The images as uint8 (N, 3, height, width), the records of those that can be read, a digest of the pixels."
-    if not len(records):
-        raise DomainMixError("there are no images to load", "check the data set: this part of it is empty")
+    refuse_empty(records)
     files, shape = records.files(), (len(records), 3, height, width)
     reading = dict(bits=find_bits(files) if bits is None else bits, aspect=aspect)
     if cache is None:
         images = np.empty(shape, np.uint8)
         bad, found = decode_files(files, images, **reading), None
     else:
-        bad, found = load_from_cache(Path(cache), content_key(records, height, width, **reading), files, shape, **reading)
+        key = content_key(records, height, width, **reading)
+        bad, found = load_from_cache(Path(cache), key, files, shape, **reading)
     if bad:
         report_unreadable(records, bad, skip_bad)
         records = records[np.setdiff1d(np.arange(len(files)), list(bad))]

@@ -6,8 +6,8 @@
 __all__ = ['FILE_NAME_PATTERNS', 'CAMERAS_PER_SCENE', 'FIRST_CAMERAS', 'LAYOUTS', 'BOX_FOLDERS', 'CUHK_KINDS', 'LIST_FILES',
            'SPLIT_NAMES', 'WHOLE_TRAINING', 'NO_SPLIT', 'match_file_names', 'number_cameras', 'randperson_camera',
            'randperson_scene', 'Layout', 'count_problems', 'camera_problems', 'check_counts', 'name_splits',
-           'split_folders', 'has_box_folders', 'find_dataset_root', 'box_folders', 'looks_like', 'guess_layouts',
-           'wrong_layout_error']
+           'split_folders', 'has_box_folders', 'find_dataset_root', 'box_folders', 'sample_names', 'has_own_names',
+           'looks_like', 'guess_layouts', 'wrong_layout_error']
 
 # %% ../nbs/12_layouts.ipynb #21f46404
 import itertools
@@ -246,6 +246,26 @@ def box_folders(
     return usual if has_box_folders(home) else usual | split_folders(home)
 
 # %% ../nbs/12_layouts.ipynb #406de985
+def sample_names(
+    name: str,   # a layout
+    home: Path,  # of `find_dataset_root`
+) -> list[str]:
+    "A few hundred file names out of every part of a data set."
+    whole = name in ("randperson", "crops", "folder")
+    parts = [home] if whole else [p for bs in box_folders(home).values() for b in bs if (p := home/b).is_dir()]
+    return [n for p in parts for n in itertools.islice(walk_images(p, folders=200), 300)]
+
+# %% ../nbs/12_layouts.ipynb #ea1135ef
+def has_own_names(
+    name: str,           # market1501 or cuhk03np-...
+    folder: str | Path,  # the folder that the user gave
+) -> bool:
+    "Are there files with names of the form of this layout? Then no pattern is needed."
+    folder = Path(os.path.expanduser(folder))
+    home = find_dataset_root(name, folder) if os.path.isdir(folder) else None
+    return home is not None and any(match_file_names(sample_names(name, home), name.split("-")[0]))
+
+# %% ../nbs/12_layouts.ipynb #d6b76683
 def looks_like(
     name: str,     # a layout
     folder: Path,  # any folder
@@ -254,9 +274,7 @@ def looks_like(
     home = find_dataset_root(name, folder)
     if home is None or name == "msmt17":
         return home is not None
-    whole = name in ("randperson", "crops", "folder")
-    parts = [home] if whole else [p for bs in box_folders(home).values() for b in bs if (p := home/b).is_dir()]
-    some = [n for p in parts for n in itertools.islice(walk_images(p, folders=200), 300)]
+    some = sample_names(name, home)
     if name == "folder":
         return bool(some)
     if name == "market1501" and home.name not in sum(CUHK_KINDS.values(), ()):

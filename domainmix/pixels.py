@@ -272,7 +272,7 @@ def tiff_values(
     try:
         tifffile = importlib.import_module("tifffile")
     except ImportError:
-        raise DomainMixError("a TIFF of a kind that needs the package tifffile: install it, or convert the file") from None
+        raise DomainMixError("a TIFF of a kind that needs the package tifffile: install it, or convert it") from None
     with tifffile.TiffFile(file) as tiff:
         if tiff.pages[0].imagewidth * tiff.pages[0].imagelength > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{tiff.pages[0].imagewidth} x {tiff.pages[0].imagelength} pixels")

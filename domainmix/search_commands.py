@@ -43,7 +43,8 @@ def architecture(
 ) -> RunConfig | None:
     "The architecture of --backbone, for files without one."
     if args.last_stride and not args.backbone:
-        raise DomainMixError("--last-stride is given without --backbone", "give both, for a file without its architecture")
+        remedy = "give both, for a file that does not say its architecture"
+        raise DomainMixError("--last-stride is given without --backbone", remedy)
     stride = {"net.last_stride": args.last_stride} if args.last_stride else {}
     return configure(stride, backbone=args.backbone) if args.backbone else None
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .core import DomainMixError
-from .feature_store import EmbeddedFiles, ImageFiles
+from .feature_store import EmbeddedFiles
 from .files import write_atomic
 from .gallery import Answers, compare_embedded
 from .images import decode_files

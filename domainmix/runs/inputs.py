@@ -23,6 +23,7 @@ from ..core import DomainMixError, fingerprint, flag, rank_and_size
 from ..distributed import call_rank0_first
 from ..records import DataSet, Records, dataset_line
 from ..datasets import PATTERN_LAYOUTS, read_dataset, write_world
+from ..layouts import has_own_names
 from ..batches import ImageStack, concat_with_offset
 from ..images import decode_images, find_same_files
 from ..pixels import find_bits
@@ -138,12 +139,14 @@ def pattern_of(
     spec: str,          # a data set, such as folder:DIR
 ) -> str | None:
     "The pattern that reads the file names of a data set; None if its layout does."
-    layout = spec.partition(":")[0]
+    layout, _, folder = spec.partition(":")
     if layout not in PATTERN_LAYOUTS: return None
     if role == "target" and config.target_pattern: return config.target_pattern
+    if layout == "folder" or not config.pattern: return config.pattern
     every = [s for r in ("synthetic", "real", "target") for s in dataset_specs(config, r)]
-    for_folders = layout != "folder" and any(s.startswith("folder:") for s in every)  # then it is for these alone
-    return None if for_folders else config.pattern
+    if any(s.startswith("folder:") for s in every): return None       # it is for these alone
+    is_alone = not (config.real and config.target)
+    return config.pattern if is_alone or not has_own_names(layout, folder) else None
 
 # %% ../../nbs/runs/01_inputs.ipynb #f099f9d4
 def open_dataset(

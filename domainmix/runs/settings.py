@@ -46,11 +46,10 @@ class InputConfig:
     backbone: str = "small"       # small, resnet50[_ibn], osnet[_ibn][_x0_25] or timm:NAME; it brings its own settings
     height: int = 64              # rows of an image as the network sees it
     width: int = 32               # columns of an image as the network sees it
-    pattern: str | None = None    # regular expression with groups pid and camera, for the file names of folder: sets
+    pattern: str | None = None    # regular expression with groups pid and camera, for names of files of folder: sets
     target_pattern: str | None = None  # the pattern of the target, if it is not that of --pattern
     skip_bad: bool = False        # leave unreadable images out, and count them
-    # images of another aspect than height and width: squeezed (stretch), or whole in a frame of one colour (letterbox)
-    aspect: Literal["stretch", "letterbox"] = later_setting("stretch")
+    aspect: Literal["stretch", "letterbox"] = later_setting("stretch")  # letterbox: keep it, and fill the rest
     device: str = "auto"          # where to compute: auto, cpu, cuda, xpu or mps
     precision: str = "auto"       # number format of all stages; fp32, bf16 or auto: bf16 where the hardware supports it
     channels_last: Literal["auto", "on", "off"] = "auto"  # channels of a pixel side by side in memory; auto: on
