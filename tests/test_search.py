@@ -122,12 +122,14 @@ def test_only_new_images_are_embedded(place, said):
         q, g = features([query["query"]]), features([a["path"] for a in query["answers"]])
         np.testing.assert_allclose((q @ g.T)[0], [a["similarity"] for a in query["answers"]], atol=2e-6)
         return int(re.search(r"([\d,]+) images were embedded", out)[1]) - 1, record["gallery_images"]    # 1: the query
-    assert embedded() == (48, 48) and embedded() == (0, 48)
     one, two, three, *_ = sorted(Path("crops").iterdir())
+    Image.open(two).save(two, format="BMP")                                      # any other such image is as large
+    assert embedded() == (48, 48) and embedded() == (0, 48)
     os.remove(one)
     old = two.stat()
-    Image.open(three).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(two)       # another image under an old name ...
+    Image.open(three).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(two, format="BMP")       # another image under an old name ...
     os.utime(two, ns=(old.st_atime_ns, old.st_mtime_ns))                         # ... that claims to be as old
+    assert two.stat().st_size == old.st_size
     (place/"crops/sub").mkdir()
     write_images(place/"crops/sub/new", ["x.png"], toy_domain(1, 1, 1, size=(32, 16), seed=7)[0])
     assert embedded() == (2, 48)
