@@ -94,7 +94,7 @@ class EmbedCommand(FeatureCommand):
     onnx: str | None = None         # instead of --model: an exported model.onnx, or its folder, run by onnxruntime
     out: str = "features.npy"       # float32 (N, D), one row for each image; paths, pid, camera ... in a .csv beside it
     pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera, for the .csv
-    deepsort: str | None = None     # of the crops of `domainmix crop`: also write arrays for DeepSORT into this folder
+    deepsort: str | None = None     # also write arrays for DeepSORT into this folder, from crops of `domainmix crop`
 
 # %% ../nbs/79_commands.ipynb #48fa3e5a
 @dataclass

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import DomainMixError, fingerprint, generator
+from .core import DomainMixError, fingerprint, flag, generator, has_flag
 from .crop_names import read_crops, unique_tracks
 from .layouts import LAYOUTS, NO_SPLIT, check_counts, guess_layouts, split_folders
 from domainmix.readers import (
@@ -187,8 +187,9 @@ def _warn_of_layout(home: Path, paths: list[str]) -> None:
     where = ", ".join(folders.get("query", []) + folders.get("gallery", []))
     test = f"{n_test:,} of its {len(paths):,} images are the test ({where}). " if folders else ""
     other = f", or {special[0]}:{printable(home)}" if special else ""
+    option = f" ({flag('pattern')})" * has_flag("pattern")
     warnings.warn(f"{printable(home)} {like}. It is read as a plain folder, without {lost}. "
-                  f"{test}To keep its splits, give a pattern for its file names (--pattern){other}.")
+                  f"{test}To keep its splits, give a pattern for its file names{option}{other}.")
 
 # %% ../nbs/14_datasets.ipynb #c526a173
 def read_whole(

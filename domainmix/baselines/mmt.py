@@ -170,8 +170,8 @@ def adapt_mmt(
     folder: str | Path | None = None,          # for last.ckpt and log.jsonl; a checkpoint there is resumed
     log: Callable[..., object] | None = None,  # called with the numbers of each epoch
     truth: np.ndarray | None = None,           # (N,) true identities, to log how good the labels are; else not used
-    other: ReIDNet | None = None,              # the second network; None: it starts as a copy of the first
     tracks: Tracks | None = None,              # of the real images, from `group_tracks`; None: unknown
+    other: ReIDNet | None = None,              # the second network; None: it starts as a copy of the first
 ) -> tuple[ReIDNet, Clusters, np.ndarray]:     # first teacher, last clusters, mean features (N, D) of both teachers
     "MMT: mutual mean-teaching."
     _check_same_length(net, other)

@@ -28,7 +28,7 @@ from .settings import RESULT_NEUTRAL, RunConfig
 from .inputs import Inputs
 
 # %% ../../nbs/runs/02_folder.ipynb #890bdcc4
-@dataclass(frozen=True)
+@dataclass
 class Stage:
     "A step of a run: the folder of its files, everything that they depend on, and the function that makes them."
     name: str                     # its name for people
@@ -41,7 +41,7 @@ class Stage:
 
     @functools.cached_property
     def key(self) -> str:
-        "The hash of everything that the stage depends on."
+        "The hash of everything that the stage depends on, computed once: other settings make another stage."
         return fingerprint(to_dict(self.settings), [s.key for s in self.depends_on])
 
     def stored_state(self) -> tuple[str | None, bool]:
