@@ -6,7 +6,8 @@
 __all__ = ['CHUNK', 'CHUNKS_A_SAVE', 'ImageFiles', 'list_dataset', 'list_folder_or_file', 'list_source', 'look_up',
            'pattern_texts', 'read_names', 'file_stamp', 'content_hash', 'model_fingerprint', 'reading_options',
            'open_model', 'check_unchanged', 'embed_readable', 'FeatureStore', 'read_store', 'write_store', 'store_file',
-           'contents_of', 'kept_features', 'EmbeddedFiles', 'embed_missing', 'embed_files', 'readable_files']
+           'contents_of', 'kept_features', 'EmbeddedFiles', 'with_range', 'find_kept', 'embed_missing', 'embed_files',
+           'readable_files']
 
 # %% ../nbs/63_feature_store.ipynb #2129419d
 import dataclasses
@@ -27,6 +28,7 @@ from .datasets import READERS, compile_pattern, read_dataset, to_numbers
 from .evaluation import extract_features
 from .files import load_arrays, save_arrays
 from .images import decode_files, unreadable_images_text
+from .pixels import find_bits
 from .inference import Model, find_net, known_columns, model_name, model_settings, open_net
 from .readers import merge_splits
 from .records import find_images, printable
@@ -239,10 +241,11 @@ def embed_readable(
     side: ImageFiles,
     rows: list[int],   # of the images to read
     batch: int = 256,  # images at once
+    bits: dict[str, int] | None = None,  # of the whole set, from `find_bits`; None: found in these images
 ) -> tuple[np.ndarray, dict[int, str]]:  # float32 (readable, D), and what is wrong with the other rows
     "Features of those of the images that can be read."
     pixels = np.empty((len(rows), 3, model.height, model.width), np.uint8)
-    bad = decode_files([side.files[i] for i in rows], pixels, **reading_options(model))
+    bad = decode_files([side.files[i] for i in rows], pixels, bits=bits, **reading_options(model))
     good = np.setdiff1d(np.arange(len(rows)), list(bad))
     if not len(good):
         return np.empty((0, model.net.feature_dim), np.float32), {rows[i]: why for i, why in bad.items()}
@@ -352,6 +355,31 @@ class EmbeddedFiles:
     contents: list[str]      # (N,) hash of each file
     n_new: int               # images that were given to the network now
 
+# %% ../nbs/63_feature_store.ipynb #rangedef
+def with_range(
+    contents: list[str],    # (N,) hashes of files, with any range or none
+    bits: dict[str, int],   # from `find_bits`; {} for a set of eight-bit images
+) -> list[str]:
+    "The hashes with the range by which the images are read."
+    ending = f"-{fingerprint(bits)}" if bits else ""
+    return [content and content.partition("-")[0] + ending for content in contents]
+
+# %% ../nbs/63_feature_store.ipynb #findkept
+def find_kept(
+    side: ImageFiles,
+    contents: list[str],     # (N,) hashes
+    file: Path | None,       # the folder's store
+    store: FeatureStore,     # what it contains
+    dim: int,                # D
+) -> tuple[list[str], dict[str, np.ndarray], dict[str, int]]:   # hashes with the range, hash -> (D,), the range
+    "The features that are on disk. If one is missing, the range of all images is found, and others may be missing."
+    features = kept_features({c for c in contents if c}, file, store, dim)
+    if all(c in features for c in contents):
+        return contents, features, {}
+    bits = find_bits(side.files)
+    contents = with_range(contents, bits)
+    return contents, kept_features({c for c in contents if c}, file, store, dim), bits
+
 # %% ../nbs/63_feature_store.ipynb #14dac78f
 CHUNK = 1024         # images that are decoded and embedded at once
 CHUNKS_A_SAVE = 16   # chunks after which the store is written, for the case that the rest is stopped
@@ -366,6 +394,7 @@ def embed_missing(
     save: Callable[[], None],         # writes what is in `features`
     skip_bad: bool,                   # leave unreadable images out
     batch: int,                       # images at once
+    bits: dict[str, int],             # of the whole set, from `find_bits`
 ) -> tuple[int, dict[int, str]]:      # images embedded; unreadable rows and why
     "Embed one image of each content that has no feature yet."
     missing = [i for i, content in enumerate(contents) if content not in features]
@@ -373,7 +402,7 @@ def embed_missing(
     n_new, bad = 0, {}
     for k in tqdm(range(0, len(rows), CHUNK), "embedding", leave=False, delay=2):
         part = rows[k:k + CHUNK]
-        found, wrong = embed_readable(model, side, part, batch)
+        found, wrong = embed_readable(model, side, part, batch, bits)
         check_unchanged(side, part, stamps)
         features.update(zip([contents[i] for i in part if i not in wrong], found))
         n_new, bad = n_new + len(found), bad | wrong
@@ -397,13 +426,13 @@ def embed_files(
     keys = [f if os.path.isabs(f) else os.path.abspath(f) for f in side.files]
     stamps = [file_stamp(f) for f in keys]
     contents = contents_of(side, keys, stamps, store)
-    features = kept_features({c for c in contents if c}, file, store, dim)
+    contents, features, bits = find_kept(side, contents, file, store, dim)
     is_same = list(store.stamps) == keys and list(store.stamps.values()) == stamps
 
     def save():
         if file and not is_same:
             write_store(file, keys, stamps, contents, features)
-    n_new, bad = embed_missing(model, side, stamps, contents, features, save, skip_bad, batch)
+    n_new, bad = embed_missing(model, side, stamps, contents, features, save, skip_bad, batch, bits)
     save()
     return readable_files(side, contents, features, bad, n_new)
 
@@ -425,4 +454,4 @@ def readable_files(
         warnings.warn(f"left out: {unreadable_images_text(side.names, why)}")
     kept = dataclasses.replace(side.select(rows), unreadable=[side.names[i] for i in left_out])
     table = np.stack([features[contents[i]] for i in rows])
-    return EmbeddedFiles(kept, table, [contents[i] for i in rows], n_new)
+    return EmbeddedFiles(kept, table, with_range([contents[i] for i in rows], {}), n_new)

@@ -425,8 +425,8 @@ def merge_splits(
     train, parts = dataset.train, list(dataset.splits.values())
     shift = int(train.pid.max()) + 1 if dataset.name == "msmt17" and train is not None else 0
     pid = np.concatenate([np.where((r.pid >= 0) & (r is not train), r.pid + shift, r.pid) for r in parts])
-    path, camera = np.concatenate([r.path for r in parts]), np.concatenate([r.camera for r in parts])
-    everyone = Records(path, pid, camera, dataset.root)
+    columns = {c: np.concatenate([getattr(r, c) for r in parts]) for c in ("path", "camera", "track", "frame")}
+    everyone = Records(pid=pid, root=dataset.root, **columns)
     if dataset.name != "market1501":
         return everyone
     others = [r.pid for s, r in dataset.splits.items() if s != "gallery"]

@@ -142,6 +142,26 @@ def test_only_new_images_are_embedded(place, said):
     assert embedded() == (48, 48)                                                # a damaged store is made again
 
 
+def test_images_of_more_than_eight_bits_are_read_by_one_range(place, monkeypatch):
+    "Twelve-bit images, of which only one is bright: chunks, and images that come later, do not change what is read."
+    crops = sorted((place/"crops").glob("*.png"))[:4]
+    deep = place/"deep"
+    deep.mkdir()
+    for k, file in enumerate(crops):
+        grey = np.asarray(Image.open(file).convert("L"), np.uint16)
+        Image.fromarray(grey * (16 if k == 3 else 2)).save(deep/file.name)      # up to 4080, or 510
+    model, store = domainmix.load(place/"model.safetensors"), place/"kept"
+    all_at_once = model.embed([str(deep/f.name) for f in crops])
+    monkeypatch.setattr(feature_store, "CHUNK", 1)
+    (deep/crops[3].name).rename(place/"bright.png")
+    before = feature_store.embed_files(model, feature_store.list_source(deep), store)
+    (place/"bright.png").rename(deep/crops[3].name)
+    for n_new in (4, 0):      # the range is another one: all are embedded again, once
+        found = feature_store.embed_files(model, feature_store.list_source(deep), store)
+        assert found.n_new == n_new and np.abs(found.features - all_at_once).max() < 1e-5
+    assert np.abs(before.features - all_at_once[:3]).max() > 1e-3 and before.contents == found.contents[:3]
+
+
 def test_cameras_in_a_search(place, said):
     files = sorted(Path("crops").iterdir())
     x, camera = features(files), np.array([int(f.name[4]) for f in files])
