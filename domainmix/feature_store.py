@@ -397,9 +397,8 @@ def embed_missing(
     bits: dict[str, int],             # of the whole set, from `find_bits`
 ) -> tuple[int, dict[int, str]]:      # images embedded; unreadable rows and why
     "Embed one image of each content that has no feature yet."
-    missing = [i for i, content in enumerate(contents) if content not in features]
+    missing, n_new, bad = [i for i, content in enumerate(contents) if content not in features], 0, {}
     rows = sorted({contents[i] or side.files[i]: i for i in reversed(missing)}.values())     # one of each content
-    n_new, bad = 0, {}
     for k in tqdm(range(0, len(rows), CHUNK), "embedding", leave=False, delay=2):
         part = rows[k:k + CHUNK]
         found, wrong = embed_readable(model, side, part, batch, bits)
