@@ -24,6 +24,9 @@ def lay_down_powers():
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()): raise OSError(ctypes.get_errno(), "capset")
 
+try: import numba; numba.njit(lambda: 0)()            # otherwise each fork that runs a compiled loop prepares numba, for a second
+except ImportError: pass
+
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()

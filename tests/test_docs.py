@@ -32,7 +32,7 @@ def site(tmp_path_factory):
     with open(base / "site.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            docs.build(out)
+            docs.build(out, coloured=False)
             done.touch()
     return out
 

@@ -52,7 +52,7 @@ def eligible(path, root=ROOT):
 def forks():
     "Has imported what nearly every notebook imports from others; nothing of this package."
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return Forks("import nbdev.test, nbclient, torchvision, sklearn.cluster, matplotlib.pyplot, ipywidgets, onnxscript, umap", PYTHONPATH=path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"), MPLBACKEND="agg")
+    return Forks("import nbdev.test, torchvision, sklearn.cluster, matplotlib.pyplot, ipywidgets", PYTHONPATH=path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"), MPLBACKEND="agg")
 
 
 @pytest.fixture(scope="session", autouse=True)

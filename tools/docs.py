@@ -256,8 +256,8 @@ def sections(notebooks, root=ROOT):
     return [(heading, books) for heading, books in found.items() if books]
 
 
-def build(out=OUT, root=ROOT):
-    "Build the site in the folder `out`; return the number of its pages."
+def build(out=OUT, root=ROOT, coloured=True):
+    "Build the site in the folder `out`; return the number of its pages. Without coloured code it takes less time."
     if out.exists() and any(out.iterdir()) and not (out / "search" / "search_index.json").exists():
         raise SystemExit(f"{out} holds other files, which would be lost: give an empty folder")
     ini = configparser.ConfigParser(delimiters=["="], interpolation=None)
@@ -270,6 +270,7 @@ def build(out=OUT, root=ROOT):
             str(SITE / "mkdocs.yml"), docs_dir=folder, site_dir=str(out), nav=source.navigation(),
             site_name=about["title"], site_description=about["description"], site_author=about["author"],
             copyright=about["copyright"])
+        config["mdx_configs"]["pymdownx.highlight"]["use_pygments"] = coloured
         build_site(config)
     (out / "404.html").unlink(missing_ok=True)   # its links start at the root of a web server
     return len(list(out.rglob("*.html")))
