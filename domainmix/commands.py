@@ -31,6 +31,8 @@ from .deploy import embed_onnx, export
 from .files import save_json, write_atomic
 from .inference import embed_to_file, ensure_suffix, evaluate_model, tune
 from .jaccard import RerankConfig
+
+# %% ../nbs/79_commands.ipynb #57821057
 from domainmix.runs.history import (
     LiveTensorBoard, compare, compare_text, list_runs, runs_text, write_tensorboard,
 )
