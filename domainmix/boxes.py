@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JSON_KEYS', 'LISTS_OF_BOXES', 'Boxes', 'boxes_from_rows', 'read_mot', 'number_in_name', 'tracks_from_ids',
-           'read_json_boxes', 'read_boxes', 'repeated_boxes', 'unwanted_boxes', 'choose_boxes', 'box_iou',
+           'read_json_boxes', 'read_boxes', 'repeated_boxes', 'unwanted_boxes', 'choose_boxes', 'pairwise_iou',
            'covering_tracks']
 
 # %% ../nbs/18_boxes.ipynb #bdbc14c2
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .core import DomainMixError
 from .records import printable
@@ -284,15 +285,13 @@ def choose_boxes(
     return boxes[keep], {reason: n for reason, n in counts.items() if n}
 
 # %% ../nbs/18_boxes.ipynb #c5e29ddb
-def box_iou(
-    a: np.ndarray,  # float (N, 4), left, top, width, height
-    b: np.ndarray,  # float (M, 4)
-) -> np.ndarray:    # float (N, M)
-    "Intersection over union of every pair."
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum((a[:, :2] + a[:, 2:])[:, None], (b[:, :2] + b[:, 2:])[None])
-    shared = (high - low).clip(0).prod(2)
-    return shared / (a[:, 2:].prod(1)[:, None] + b[:, 2:].prod(1)[None] - shared)
+def pairwise_iou(
+    box: np.ndarray,  # float (N, 4), left, top, width, height
+) -> np.ndarray:      # float (N, N)
+    "Intersection over union of every pair of boxes."
+    from torchvision.ops import box_convert, box_iou    # imported here: it takes two seconds
+    corners = box_convert(torch.from_numpy(box), "xywh", "xyxy")
+    return box_iou(corners, corners).numpy()
 
 # %% ../nbs/18_boxes.ipynb #afe74107
 def covering_tracks(
@@ -303,6 +302,6 @@ def covering_tracks(
     found, order = set(), boxes.frame.argsort(kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(boxes.frame[order])) + 1):
         rows = rows[boxes.track[rows] >= 0]
-        for i, j in zip(*np.nonzero(np.triu(box_iou(boxes.box[rows], boxes.box[rows]) >= iou, 1))):
+        for i, j in zip(*np.nonzero(np.triu(pairwise_iou(boxes.box[rows]) >= iou, 1))):
             found.add(tuple(sorted(boxes.track[rows[[i, j]]].tolist())))
     return found
