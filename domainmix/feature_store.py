@@ -372,7 +372,7 @@ def find_kept(
     store: FeatureStore,     # what it contains
     dim: int,                # D
 ) -> tuple[list[str], dict[str, np.ndarray], dict[str, int]]:   # hashes with the range, hash -> (D,), the range
-    "The features that are on disk. If one is missing, the range of all images is found again; then more may be missing."
+    "The features that are on disk. If one is missing, the range is found again; then more may be missing."
     features = kept_features({c for c in contents if c}, file, store, dim)
     if all(c in features for c in contents):
         return contents, features, {}

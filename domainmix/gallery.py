@@ -50,7 +50,7 @@ def best_of_tile(
     first: int,       # the first of these rows
     top: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (Q, m), (Q, m), m >= min(top, C)
-    "The largest values of each row, with their gallery rows: the `top` best, and all that are equal to the last of them."
+    "At least the `top` largest values of each row, all that equal the last of them, and their gallery rows."
     top = min(top, S.shape[1])
     limit = S.topk(top).values[:, -1:]
     m = int((S >= limit).sum(1).max())           # more than `top` where values are equal

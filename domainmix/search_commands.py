@@ -83,8 +83,8 @@ class SearchCommand(FeatureCommand):
     gallery: str                    # where to search: a folder with any sub-folders, or a data set (market1501:DIR)
     top: int = 10                   # number of answers for each query
     out: str = "answers"            # output folder for answers.csv, .json, .png and .html, or one file of these kinds
-    # keep only answers that reach the threshold that `domainmix threshold` saved beside the model; the answer to a query
-    # without any is "nobody"
+    # keep only answers that reach the threshold that `domainmix threshold` saved beside the model; if there is none, the
+    # answer is "nobody"
     same: bool = False
     # like --same, with another threshold: a file written by `domainmix threshold`, or a similarity such as 0.6
     threshold: str | None = None
@@ -174,7 +174,7 @@ class ThresholdCommand(FeatureCommand):
     # for plain files: a regular expression that reads the identity and the camera from the path, with groups pid and
     # camera
     pattern: str | None = None
-    # where identities come from: true (labels), pseudo (clusters, biased), auto (labels if there are any, else clusters)
+    # where identities come from: true (labels), pseudo (clusters, biased), auto (labels if known, else clusters)
     labels: Literal["auto", "true", "pseudo"] = "auto"
     # count pairs from one camera too; without this flag only pairs from two cameras count, if cameras are known
     same_camera: bool = False
