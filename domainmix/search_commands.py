@@ -83,8 +83,7 @@ class SearchCommand(FeatureCommand):
     gallery: str                    # where to search: a folder with any sub-folders, or a data set (market1501:DIR)
     top: int = 10                   # number of answers for each query
     out: str = "answers"            # output folder for answers.csv, .json, .png and .html, or one file of these kinds
-    # keep only answers that reach the threshold that `domainmix threshold` saved beside the model; if there is none, the
-    # answer is "nobody"
+    # keep only answers that reach the threshold saved by `domainmix threshold`; if none does, the answer is "nobody"
     same: bool = False
     # like --same, with another threshold: a file written by `domainmix threshold`, or a similarity such as 0.6
     threshold: str | None = None
