@@ -189,7 +189,7 @@ def track_config(
     config: ClusterConfig,
     n: int,  # tracks
 ) -> ClusterConfig:
-    "The settings for `n` tracks. If not set, k1 is sqrt(n)/6, at least 4, at most 15 and below n; k2 is k1/5, at least 2."
+    "The settings for `n` tracks. If not set, k1 is sqrt(n)/6, from 4 to 15 and below n; k2 is k1/5, at least 2."
     if n < 3:
         raise DomainMixError(f"{n} tracks cannot be clustered", "give more footage, or set tracks to off")
     k1 = min(int(np.clip(round(n**0.5 / 6), 4, 15)), n - 1) if config.k1 is None else config.k1
