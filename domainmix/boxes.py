@@ -24,7 +24,7 @@ from .records import printable
 @dataclass
 class Boxes:
     "Boxes in frames, one row for each."
-    frame: np.ndarray   # int64 (N,), the number of the frame, as the file counts
+    frame: np.ndarray   # int64 (N,), the number of the frame, as in the file
     track: np.ndarray   # int64 (N,), the track; -1 where there is none
     box: np.ndarray     # float64 (N, 4), left, top, width, height in pixels; the first pixel is 0
     score: np.ndarray   # float64 (N,), the confidence of the detector; NaN where the file has none
@@ -54,7 +54,7 @@ def boxes_from_rows(
 
 # %% ../nbs/18_boxes.ipynb #418c69bc
 def _line_of_mot(cells: list[str]) -> tuple:
-    "The row of one line; its pixels count from 0."
+    "The row of one line, with pixels counted from 0."
     numbers = [float(c) for c in cells[:6]]
     if not all(n.is_integer() for n in numbers[:2]):
         raise ValueError("frame or track is not a whole number")
@@ -98,7 +98,7 @@ def _value(item: dict, what: str):
 
 # %% ../nbs/18_boxes.ipynb #2ea65921
 def _four(values) -> list[float]:
-    "Four numbers; `None` and texts are refused."
+    "Four numbers; None and strings are refused."
     values = [float(v) for v in values if not isinstance(v, (str, bool))]
     if len(values) != 4:
         raise ValueError("a box has four numbers")
@@ -145,7 +145,7 @@ def _frame_of_item(item: dict, given: int | str | None, names: dict) -> int:
 
 # %% ../nbs/18_boxes.ipynb #b9a69ed0
 def _row_of_item(item: dict, frame: int | str | None, names: dict) -> tuple:
-    "The row of one box in JSON; `frame` replaces its own."
+    "The row of one box in JSON; `frame`, if given, replaces the frame in the box."
     if not isinstance(item, dict):
         raise ValueError(f"a {type(item).__name__} in place of a box")
     track, score, kind = (_value(item, k) for k in ("track", "score", "kind"))
@@ -155,7 +155,7 @@ def _row_of_item(item: dict, frame: int | str | None, names: dict) -> tuple:
 
 # %% ../nbs/18_boxes.ipynb #4582f34d
 def _coco_items(data: dict) -> list[tuple]:
-    "(frame, box) of each annotation of a COCO file; the frame is its number if it has one, else its file's name."
+    "(frame, box) of each annotation of a COCO file; frame: the image's frame number, else its file name, else its id."
     images = {i["id"]: i for i in data["images"]}
     frames = {k: next((i[n] for n in ("frame_id", "frame_index", "file_name") if n in i), k) for k, i in images.items()}
     items = []
@@ -198,7 +198,7 @@ def tracks_from_ids(
     rows: list[tuple],  # of `boxes_from_rows`
     items: list,        # the dicts that they come from
 ) -> list[tuple]:
-    "The rows with the key `id` as the track, if no track is given and the numbers come again."
+    "The rows, with the key `id` as the track if no box has a track and the values of `id` repeat."
     ids = [item.get("id") for item in items]
     known = all(type(i) is int and i >= 0 for i in ids)
     if any(r[1] >= 0 for r in rows) or not known or len(set(ids)) == len(ids):
@@ -248,7 +248,7 @@ def read_boxes(
 def repeated_boxes(
     boxes: Boxes,
 ) -> np.ndarray:  # bool (N,)
-    "Which boxes are there a second time: the same track in the same frame, or the same box without a track."
+    "Which boxes are duplicates: a track that has a box in this frame already, or an equal box without a track."
     place = np.where((boxes.track >= 0)[:, None], 0., boxes.box)
     rows = np.column_stack([boxes.frame, boxes.track, place])
     _, first = np.unique(rows, axis=0, return_index=True)
@@ -259,8 +259,8 @@ def unwanted_boxes(
     boxes: Boxes,
     min_score: float | None = None,  # the lowest confidence that is kept; None: any
     kinds: tuple[str, ...] = (),     # classes to keep; none given: pedestrians (1) of a gt.txt, all of other files
-) -> dict[str, np.ndarray]:  # reason -> bool (N,); a box may have more than one
-    "The boxes that make no crop, by reason."
+) -> dict[str, np.ndarray]:  # reason -> bool (N,); several reasons may hold for one box
+    "The boxes that give no crop, by reason."
     finite = np.isfinite(boxes.box).all(1)
     size = np.where(finite[:, None], boxes.box[:, 2:], 1)
     is_gt = boxes.source.lower().endswith((".txt", ".csv")) & (boxes.kind != "")
@@ -276,8 +276,8 @@ def choose_boxes(
     boxes: Boxes,
     min_score: float | None = None,  # see `unwanted_boxes`
     kinds: tuple[str, ...] = (),     # see `unwanted_boxes`
-) -> tuple[Boxes, dict[str, int]]:   # the others, and how many are left out for each reason
-    "Boxes that can be cropped."
+) -> tuple[Boxes, dict[str, int]]:   # the boxes to crop, and how many are left out for each reason
+    "The boxes without those of `unwanted_boxes`."
     counts, keep = {}, np.ones(len(boxes), bool)
     for reason, bad in unwanted_boxes(boxes, min_score, kinds).items():
         counts[reason] = int((bad & keep).sum())
@@ -296,9 +296,9 @@ def pairwise_iou(
 # %% ../nbs/18_boxes.ipynb #afe74107
 def covering_tracks(
     boxes: Boxes,
-    iou: float = .9,  # how much two boxes have in common, at least
+    iou: float = .9,  # lowest IoU of two boxes that cover each other
 ) -> set[tuple[int, int]]:
-    "Pairs of tracks whose boxes cover each other in a frame."
+    "Pairs of tracks whose boxes cover each other in at least one frame."
     found, order = set(), boxes.frame.argsort(kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(boxes.frame[order])) + 1):
         rows = rows[boxes.track[rows] >= 0]

@@ -92,21 +92,26 @@ class EvaluateCommand(FeatureCommand):
 class EmbedCommand(FeatureCommand):
     "Features of all images of a folder or data set."
     images: str                     # images to embed: folder:DIR, market1501:DIR, world, ...
-    model: str | None = None        # a run's name or folder, a stage's folder, or a file of weights
+    # a run's name or folder, a stage's folder, or a file of weights; either --model or --onnx is required
+    model: str | None = None
     onnx: str | None = None         # instead of --model: an exported model.onnx, or its folder, run by onnxruntime
-    out: str = "features.npy"       # float32 (N, D), one row for each image; paths, pid, camera ... in a .csv beside it
-    pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera, for the .csv
-    deepsort: str | None = None     # also write arrays for DeepSORT into this folder, from crops of `domainmix crop`
+    # the file to write: float32 (N, D), one row for each image; a .csv beside it lists their paths, pid, camera, ...
+    out: str = "features.npy"
+    # for folder: sets: a regular expression with groups pid and camera, which are written into the .csv
+    pattern: str | None = None
+    # also write arrays for DeepSORT into this folder; the images must be crops of `domainmix crop`
+    deepsort: str | None = None
 
 # %% ../nbs/79_commands.ipynb #48fa3e5a
 @dataclass
 class LookCommand:
     "What a data set and a pattern are read as, with a sheet of images: nothing is trained or changed."
-    images: str                     # the data set: folder:DIR, market1501:DIR, ...
-    pattern: str | None = None      # for its file names: a regular expression with groups pid and camera
-    out: str = "look.png"           # file for the sheet: one identity in a row
-    sample: int = 200               # files to open, for the sizes and numbers of the images
-    json: bool = False              # print JSON in place of the text
+    images: str                     # the data set, as in `domainmix look folder:DIR`: folder:DIR, market1501:DIR, ...
+    # a regular expression that reads the file names, with groups pid and camera: (?P<pid>\d+)_c(?P<camera>\d+)
+    pattern: str | None = None
+    out: str = "look.png"           # the file to write (.png): a sheet with one identity in each row
+    sample: int = 200               # how many images to open, to see their sizes and pixel values
+    json: bool = False              # print JSON instead of text
 
 # %% ../nbs/79_commands.ipynb #3d698b9e
 @dataclass

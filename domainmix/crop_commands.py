@@ -15,21 +15,23 @@ from .crops import CropOptions, crop
 @dataclass
 class CropCommand:
     "Cut people out of frames or a video, by the boxes of a detector or a tracker."
-    frames: str                      # a folder of images, one for each frame, or a video (extra: video)
-    boxes: str                       # boxes: a MOTChallenge text file (gt.txt, det.txt, a tracker's results), or .json
-    out: str                         # the folder to make; read it as crops:DIR
-    camera: int = 0                  # the number of the camera, from 0; it becomes a part of every name
-    # what the boxes call the first frame; None: the numbers in the names of the images; in a video 1, or 0 if there are
-    # boxes of frame 0
+    frames: str                      # a folder with one image for each frame, or a video (needs the package av)
+    # the file of boxes: MOTChallenge text (gt.txt, det.txt, results of a tracker; .txt or .csv), or .json
+    boxes: str
+    out: str                         # the new folder for the crops; other commands read it as crops:DIR
+    camera: int = 0                  # the number of the camera, from 0; it becomes part of every file name
+    # the number that the boxes give to the first frame; None: frame numbers come from the names of the images; a video
+    # counts from 1, or from 0 if there are boxes of frame 0
     first_frame: int | None = None
-    every: int = 1                   # keep every n-th frame only
-    max_per_track: int | None = None # keep this many crops of each track, evenly over its time; None: all
-    min_height: int = 0              # rows of the smallest crop, after it is clipped to the frame
-    min_width: int = 0               # columns of the smallest crop
-    min_score: float | None = None   # lowest confidence of a box; None: any
-    classes: tuple[str, ...] = ()    # classes to keep; none given: pedestrians (1) of a gt.txt, all of other files
-    format: Literal["jpg", "png"] = "jpg"  # format of the crops: jpg (quality 95), or png (larger, exact)
-    skip_bad: bool = False           # leave frames out that cannot be read, and count them
+    every: int = 1                   # keep only every n-th frame
+    max_per_track: int | None = None # keep at most this many crops of a track, spread evenly over it; None: all
+    min_height: int = 0              # smallest height of a crop in pixels, after clipping to the frame
+    min_width: int = 0               # smallest width of a crop in pixels, after clipping to the frame
+    min_score: float | None = None   # lowest confidence of a box; None: no limit
+    # classes to keep, as in the file of boxes; none given: only pedestrians (1) of a gt.txt, all classes of other files
+    classes: tuple[str, ...] = ()
+    format: Literal["jpg", "png"] = "jpg"  # format of the crops: jpg (quality 95), or png (lossless, larger)
+    skip_bad: bool = False           # leave out frames that cannot be read, and count them
 
 # %% ../nbs/78_crop_commands.ipynb #f93481f7
 def do_crop(args: CropCommand) -> None:

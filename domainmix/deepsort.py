@@ -17,7 +17,7 @@ from .files import write_atomic
 from .records import printable
 
 # %% ../nbs/69_deepsort.ipynb #85f7ef9d
-# column -> its value where it is missing; None: it must be there
+# column -> the value that replaces a missing one; None: the column is required
 BOX_NUMBERS = dict(camera=0., track=-1., frame=None, left=None, top=None, width=None, height=None, score=1.)
 
 # %% ../nbs/69_deepsort.ipynb #3e17df34

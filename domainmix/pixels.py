@@ -40,7 +40,7 @@ FORMAT_SUFFIXES = {  # format of Pillow: the extensions of its files
 
 # %% ../nbs/09_pixels.ipynb #88173d70
 def _has_heif() -> bool:
-    "Can Pillow read HEIF? If the package pillow-heif is installed, it is registered."
+    "Can Pillow read HEIF? If the package pillow-heif is installed, this function registers it."
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except Exception:  # not installed, or too old for this Pillow
@@ -61,7 +61,7 @@ IMAGE_FORMATS = readable_formats()
 IMAGE_SUFFIXES = tuple(s for name in IMAGE_FORMATS for s in FORMAT_SUFFIXES[name])
 
 # %% ../nbs/09_pixels.ipynb #7df5204f
-OTHER_KINDS = {  # what it is: its extensions; such files show people, and none is read
+OTHER_KINDS = {  # kind: its extensions; such files may show people, but are not read
     "raw photo": ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl "
                  ".sr2 .srf .srw .x3f",
     "image": ".ai .cin .dcm .dds .dpx .eps .exr .fit .fits .hdr .heic .heics .heif .heifs .hif .icns .ico .jng .jxl "
@@ -138,7 +138,7 @@ def apply_exif_rotation(
     return ImageOps.exif_transpose(image) if turned else image
 
 # %% ../nbs/09_pixels.ipynb #99a246c2
-UNIT = 1  # in place of a number of bits: floats from 0 to 1
+UNIT = 1  # stands for floats from 0 to 1, where other images have a number of bits
 BIT_DEPTHS = (8, 10, 12, 14, 16)
 
 # %% ../nbs/09_pixels.ipynb #4f4575ae
@@ -146,7 +146,7 @@ def bits_of_range(
     kind: str,   # type of the numbers: uint16, int32, float32, ...
     high: float, # the largest number of the data set
 ) -> int:        # bits of the numbers; UNIT: from 0 to 1
-    "The rule of the table above."
+    "The number of bits, by the rule of the table above."
     if not kind.startswith("float"):
         return next((b for b in BIT_DEPTHS if high < 2**b), int(high).bit_length())
     if high <= 1 + 1e-6:
@@ -160,7 +160,7 @@ def bits_of_range(
 def check_values(
     values: np.ndarray,  # numbers of one image
 ) -> tuple[str, float]:  # their type and the largest
-    "Refuse numbers that are no colours."
+    "Raise an error if the values cannot be colours: negative, infinite, not a number, or not numeric."
     kind = values.dtype.name
     if values.dtype.kind not in "uif" or not values.size:
         raise DomainMixError(f"it holds {kind} of shape {values.shape}, which are no colours")
@@ -278,7 +278,7 @@ def tiff_values(
             raise Image.DecompressionBombError(f"{tiff.pages[0].imagewidth} x {tiff.pages[0].imagelength} pixels")
         values = tiff.pages[0].asarray()
     if values.ndim == 3 and values.shape[0] in (3, 4) and values.shape[2] > 4:
-        values = values.transpose(1, 2, 0)  # a channel after the other
+        values = values.transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
     if values.ndim == 3:
         return values[..., :3] if values.shape[2] > 2 else values[..., 0]
     return values
@@ -287,7 +287,7 @@ def tiff_values(
 def range_of_file(
     file: str,  # a path
 ) -> tuple[str, float] | None:
-    "Type and largest number of a file with more than eight bits; None for every other, and for one that is refused."
+    "Type and largest number of a file with more than eight bits; None for other files, and where it cannot be read."
     try:
         with open(file, "rb") as f:
             head = f.read(26)

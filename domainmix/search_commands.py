@@ -29,13 +29,16 @@ from .views.figures import png
 @dataclass(kw_only=True)
 class FeatureCommand:
     "How a trained network makes features, and where."
-    backbone: str | None = None     # the architecture, for a file without it, as in `domainmix run`
+    # the architecture (see `domainmix run --help`); only needed for a weights file that does not contain it
+    backbone: str | None = None
     last_stride: Literal[1, 2] | None = None  # with --backbone: stride of its last stage; 2 as in ImageNet networks
-    skip_bad: bool = False          # leave unreadable images out, and count them
-    feature: Literal["neck", "raw"] | None = None  # after (neck) or before (raw) the BN neck; None: as the model's run
-    flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run
+    skip_bad: bool = False          # leave out images that cannot be read, and count them
+    # which feature: after (neck) or before (raw) the batch norm neck; None: the same as in the model's run
+    feature: Literal["neck", "raw"] | None = None
+    # average the features of an image and its mirror image; None: the same as in the model's run
+    flip: bool | None = None
     device: str = "auto"            # where to compute: auto, cpu, cuda, xpu or mps
-    data: str = "data"              # the folder with runs/ and the decoded images
+    data: str = "data"              # the folder with runs/ (trained models), features/ and the cache of decoded images
 
 # %% ../nbs/78_search_commands.ipynb #d74a374e
 def architecture(
@@ -76,22 +79,27 @@ def check_output_file(
 class SearchCommand(FeatureCommand):
     "Find the people of query images in a gallery, without labels."
     model: str                      # a run's name or folder, a stage's folder, or a .safetensors file
-    query: str                      # an image, a folder of images, or a data set such as market1501:DIR
-    gallery: str                    # a folder of images, sub-folders too, or a data set such as market1501:DIR
-    top: int = 10                   # answers for each query
-    out: str = "answers"            # a folder for answers.csv, .json, .png and .html, or one file of these kinds
-    same: bool = False              # keep only answers that reach the threshold of `domainmix threshold`, else "nobody"
-    threshold: str | None = None    # instead of the one beside the model: a file of `domainmix threshold`, or a number
-    pattern: str | None = None      # for plain files: a regular expression with groups camera and pid
-    other_cameras: bool = False     # leave out images of the query's own camera
-    centre_cameras: bool = False    # subtract the mean feature of each camera
-    index: Literal["exact", "faiss"] = "exact"  # how the nearest are found; faiss: by this library, if installed
+    query: str                      # whom to find: an image, a folder of images, or a data set such as market1501:DIR
+    gallery: str                    # where to search: a folder with any sub-folders, or a data set (market1501:DIR)
+    top: int = 10                   # number of answers for each query
+    out: str = "answers"            # output folder for answers.csv, .json, .png and .html, or one file of these kinds
+    # keep only answers that reach the threshold saved by `domainmix threshold`; if none does, the answer is "nobody"
+    same: bool = False
+    # like --same, with another threshold: a file written by `domainmix threshold`, or a similarity such as 0.6
+    threshold: str | None = None
+    # for plain files: a regular expression that reads the camera and the identity from the path, with groups camera
+    # and pid
+    pattern: str | None = None
+    other_cameras: bool = False     # leave out images of the query's own camera; needs known cameras
+    centre_cameras: bool = False    # subtract from each feature the mean of its camera; needs known cameras
+    # how to find the most similar images: exact (built in), or faiss (the exact index of this library, if installed)
+    index: Literal["exact", "faiss"] = "exact"
 
 # %% ../nbs/78_search_commands.ipynb #bbe0dc69
 def number_or_none(
     text: str,
 ) -> float | None:
-    "The number that a text is, if it is one."
+    "The text as a number; None if it is not a number."
     try:
         return float(text)
     except ValueError:
@@ -118,8 +126,8 @@ def chosen_threshold(
 # %% ../nbs/78_search_commands.ipynb #6f305826
 def side_text(
     side: ImageFiles,
-    one: str,   # what one image is
-    many: str,
+    one: str,   # the word for one image
+    many: str,  # the word for several
 ) -> str:
     "How many images a side has, and what is known of them."
     known = [f"{len(set(c[c >= 0].tolist())):,} {name}s" for k, name in (("pid", "identitie"), ("camera", "camera"))
@@ -160,12 +168,18 @@ class ThresholdCommand(FeatureCommand):
     "Measure above which similarity two images show one person, for a rate of false matches."
     model: str                      # a run's name or folder, a stage's folder, or a .safetensors file
     images: str                     # images of people whom the model was not trained on: folder:DIR, market1501:DIR
-    fmr: float = .01                # false-match rate: the share of pairs of different people that may be taken for one
-    pattern: str | None = None      # for plain files: a regular expression with groups pid and camera
-    labels: Literal["auto", "true", "pseudo"] = "auto"  # identities, clusters, or what is known (auto)
-    same_camera: bool = False       # count pairs of one camera too; else only pairs across cameras, if they are known
-    centre_cameras: bool = False    # subtract the mean feature of each camera, for `domainmix search --centre-cameras`
-    out: str | None = None          # another file than MODEL.threshold.json beside the model (.json)
+    # the false-match rate to allow: the share of pairs of different people that may be called the same person
+    fmr: float = .01
+    # for plain files: a regular expression that reads the identity and the camera from the path, with groups pid and
+    # camera
+    pattern: str | None = None
+    # where identities come from: true (labels), pseudo (clusters, biased), auto (labels if known, else clusters)
+    labels: Literal["auto", "true", "pseudo"] = "auto"
+    # count pairs from one camera too; without this flag only pairs from two cameras count, if cameras are known
+    same_camera: bool = False
+    # subtract from each feature the mean of its camera; `domainmix search` then needs --centre-cameras too
+    centre_cameras: bool = False
+    out: str | None = None          # the .json file to write; None: MODEL.threshold.json beside the model
 
 # %% ../nbs/78_search_commands.ipynb #ada99c8b
 def threshold_text(
@@ -183,7 +197,7 @@ def threshold_text(
 
 # %% ../nbs/78_search_commands.ipynb #ac50ec7f
 def do_threshold(args: ThresholdCommand) -> None:
-    "Measure a threshold, print it, and keep it with its picture."
+    "Measure a threshold, print it, and save it with its figure."
     out = ensure_suffix(args.out, ".json") if args.out else threshold_file(args.model, args.data)
     check_output_file(str(out))
     options = {k: getattr(args, k) for k in ("feature", "flip", "device", "data", "labels", "skip_bad")}
