@@ -3,6 +3,8 @@ import os
 
 import pytest
 
+import forks
+
 
 os.fsync = lambda fd: None    # the files of a test need not survive a power failure
 
@@ -20,3 +22,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="a longer test: DOMAINMIX_SLOW=1"))
+
+
+def pytest_sessionfinish(): forks.close_all()

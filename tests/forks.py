@@ -3,12 +3,14 @@
 One process imports and does nothing else; every call is made in a fork of it, with its own folder, environment,
 output and session. So a call can end its process, crash or be killed, and nobody else notices.
 """
+import functools
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,7 +44,9 @@ for line in sys.stdin:
             if job["powerless"]: lay_down_powers()
             if job["largest"]: import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest"],) * 2)
             code = getattr(importlib.import_module(job["module"]), job["function"])(*job["args"], **job["kwargs"]) or 0
-        except SystemExit as e: code = e.code if isinstance(e.code, int) else e.code is not None
+        except SystemExit as e:
+            if isinstance(e.code, str): print(e.code, file=sys.stderr)
+            code = e.code if isinstance(e.code, int) else e.code is not None
         except BaseException: traceback.print_exc()
         finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
     print(pid, flush=True)
@@ -78,3 +82,29 @@ class Forks:
         self.process.stdin.close()
         try: self.process.wait(60)
         except subprocess.TimeoutExpired: self.process.kill()
+
+
+# What most of the package's modules import from others. Nothing of the package, and nothing that only notebooks need: scikit-learn takes pandas if it is there.
+LIBRARIES = "import sys; sys.modules['pandas'] = None; import torch, torchvision, safetensors.torch, scipy.sparse.csgraph, sklearn.cluster, sklearn.metrics, PIL.Image; del sys.modules['pandas']"
+OPEN = []
+
+
+@functools.cache
+def shared(first, **env):
+    "A `Forks` for all tests of this process that want the same."
+    OPEN.append(Forks(first, OMP_NUM_THREADS="1", **env))
+    return OPEN[-1]
+
+
+def close_all():
+    while OPEN: OPEN.pop().close()
+    shared.cache_clear()
+
+
+def run_code(code, *argv, cwd, **how):
+    "Run `code` as `python -c` does, where the libraries are imported already; what `subprocess.run` would give of it."
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        code = f"import sys; sys.argv[1:] = {list(map(str, argv))!r}; sys.path.insert(0, {str(cwd)!r})\n{code}"
+        done = shared(LIBRARIES)("builtins:exec", code, {"__name__": "__main__"}, cwd=cwd, out=out, err=err, **how)
+        return subprocess.CompletedProcess(argv, done, *(f.read_text(errors="replace") for f in (out, err)))

@@ -3,6 +3,8 @@
 Every command runs in a process of its own. To spare the seconds that importing torch takes, these are
 forked from one process that has imported everything and done nothing.
 """
+import functools
+import inspect
 import os
 import re
 import shutil
@@ -21,7 +23,7 @@ from PIL import Image
 from domainmix.files import load_json, load_jsonl, locked, save_json, save_weights
 from domainmix.readers import write_market1501, write_msmt17, write_randperson
 from domainmix.world import toy_domain
-from forks import Forks
+from forks import run_code, shared
 
 STAGES = {"epochs": 2, "iterations": 4, "p": 4, "k": 2}
 TINY = {
@@ -33,6 +35,8 @@ NOBODY = 65534
 SCORES = ("mAP", "rank1", "rank5", "rank10", "mAP_trapezoid", "domain_probe")
 
 FIRST_OF_ALL = """
+import functools, inspect
+inspect.getsource = functools.cache(inspect.getsource)     # tyro reads each class of settings for each command, and Python parses a whole module to find one
 import torch, torch._dynamo, tyro, sklearn, scipy.sparse.csgraph
 import domainmix.cli, domainmix.views.charts, matplotlib.figure
 torch.set_num_threads(1)
@@ -49,7 +53,7 @@ class Said:
 class Terminal:
     "Runs `domainmix` commands in a folder."
     def __init__(self):
-        self.forks = Forks(FIRST_OF_ALL, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TQDM_MININTERVAL="5")
+        self.forks = shared(FIRST_OF_ALL, MKL_NUM_THREADS="1", TQDM_MININTERVAL="5")
         self.cwd = None
 
     def __call__(self, *argv, **how):
@@ -59,11 +63,18 @@ class Terminal:
         return Said(code, *(f.read_text(errors="replace") for f in (out, err)))
 
 
+MADE = {}     # by fixtures that test_runs.py takes from here: a module of its own would make them again
+
+
+def once(make):
+    "`make()`, called once in a session."
+    if make.__name__ not in MADE: MADE[make.__name__] = make()
+    return MADE[make.__name__]
+
+
 @pytest.fixture(scope="module")
 def forks():
-    terminal = Terminal()
-    yield terminal
-    terminal.forks.close()
+    return once(Terminal)
 
 
 @pytest.fixture
@@ -83,14 +94,16 @@ def picture_folder(root, n_ids, per_id, cameras, seed, name="{pid:03d}_c{camera}
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     "Small sets on disk: A and B to train on, C to be tested on, plain crops, and the settings of a run of a second."
-    root = tmp_path_factory.mktemp("sets")
-    write_randperson(root / "a", *toy_domain(10, 4, 2))
-    write_msmt17(root / "b", *toy_domain(10, 6, 2, seed=1), split=["train"] * 60)
-    images, pid, camera = toy_domain(8, 4, 2, seed=2)
-    write_market1501(root / "c", images, pid + 1, camera, split=["query" if i % 4 < 2 else "gallery" for i in range(32)])
-    picture_folder(root / "crops", 10, 6, 2, 1)
-    save_json(root / "tiny.json", TINY)
-    return root
+    def small_sets():
+        root = tmp_path_factory.mktemp("sets")
+        write_randperson(root / "a", *toy_domain(10, 4, 2))
+        write_msmt17(root / "b", *toy_domain(10, 6, 2, seed=1), split=["train"] * 60)
+        images, pid, camera = toy_domain(8, 4, 2, seed=2)
+        write_market1501(root / "c", images, pid + 1, camera, split=["query" if i % 4 < 2 else "gallery" for i in range(32)])
+        picture_folder(root / "crops", 10, 6, 2, 1)
+        save_json(root / "tiny.json", TINY)
+        return root
+    return once(small_sets)
 
 
 @pytest.fixture
@@ -115,17 +128,19 @@ def wrong(said, *words):
 
 # ---- whole runs
 
-def test_the_installed_command_does_a_run(sets, tmp_path, flags):
+def test_the_installed_command_is_this_one(tmp_path):
     command = Path(sys.executable).with_name("domainmix")
     if not command.exists(): pytest.skip("the package is not installed")
-    argv = [str(a) for a in (command, "run", *flags, *FIRST)]
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr
-    home = tmp_path / "data/runs/first"
+    done = subprocess.run([command, "runs"], cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert done.returncode == 0 and "no runs yet" in done.stdout, done
+
+
+def test_a_run_leaves_what_it_found(finished):
+    home, said = finished / "data/runs/first", (finished / "said.txt").read_text()
     found = load_json(home / "metrics.json")
     assert all(0 <= found[k] <= 1 for k in SCORES) and found["method"] == "domainmix-db"
     assert set(found["stages"]) == {"stage0", "stage1", "stage2", "stage3"}
-    assert "rank-1" in done.stdout and "metrics.json" in done.stdout
+    assert "rank-1" in said and "metrics.json" in said
     for file in ("config.json", "log.jsonl", "stage1/labels.npz", "stage1/labels.csv", "stage1/features.npy", "stage1/model.safetensors",
                  "stage2/model.safetensors", "stage3/model.safetensors"): assert (home / file).is_file(), file
     about = load_json(home / "config.json")
@@ -137,11 +152,14 @@ def test_the_installed_command_does_a_run(sets, tmp_path, flags):
 @pytest.fixture(scope="module")
 def finished(forks, sets, tmp_path_factory):
     "A finished run, to be copied by tests that go on from one."
-    forks.cwd = tmp_path_factory.mktemp("finished")
-    said = forks("run", "--config", sets / "tiny.json", "--synthetic", f"randperson:{sets/'a'}", "--real", f"msmt17:{sets/'b'}",
-                 "--target", f"market1501:{sets/'c'}", "--run", "first", "--all-stages")
-    assert said.code == 0, said
-    return forks.cwd
+    def finished_run():
+        forks.cwd = tmp_path_factory.mktemp("finished")
+        said = forks("run", "--config", sets / "tiny.json", "--synthetic", f"randperson:{sets/'a'}", "--real", f"msmt17:{sets/'b'}",
+                     "--target", f"market1501:{sets/'c'}", "--run", "first", "--all-stages")
+        assert said.code == 0, said
+        (forks.cwd / "said.txt").write_text(said.out)
+        return forks.cwd
+    return once(finished_run)
 
 
 @pytest.fixture
@@ -327,20 +345,29 @@ def test_world_writes_three_sets(domainmix):
 
 def test_headless_without_tyro(sets, tmp_path):
     save_json(tmp_path / "run.json", {**TINY, "synthetic": f"randperson:{sets/'a'}", "target": f"market1501:{sets/'c'}", "method": "only-a", "run": "x"})
-    code = "import sys, runpy; sys.modules.update(tyro=None, matplotlib=None, nbdev=None, fastcore=None, IPython=None); " \
+    code = "import sys, runpy; assert 'domainmix' not in sys.modules; sys.modules.update(tyro=None, matplotlib=None, nbdev=None, fastcore=None, IPython=None); " \
            "sys.argv = ['pipeline', '--config', 'run.json', 'stage2.epochs=1']; runpy.run_module('domainmix.pipeline', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    done = run_code(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert load_json(tmp_path / "data/runs/x/metrics.json")["mAP"] > 0
     assert load_json(tmp_path / "data/runs/x/config.json")["stage2"]["epochs"] == 1
 
 
+def help_of(domainmix, command):
+    "What a command says to --help; asked once."
+    if command not in HELP: HELP[command] = domainmix(command, "--help")
+    return HELP[command]
+
+
+HELP = {}
+
+
 def test_help_is_readable(domainmix):
     assert all(c in domainmix("--help").out for c in ("demo", "run", "table", "label", "evaluate", "embed", "world"))
     for command in ("label", "evaluate", "world"):
-        said = domainmix(command, "--help")
+        said = help_of(domainmix, command)
         assert said.code == 0 and "Traceback" not in said.err, said
-    assert all(f in domainmix("run", "--help").out for f in ("--synthetic", "--real", "--target", "--run", "--backbone", "--seed", "--skip-bad", "--stage2.epochs"))
+    assert all(f in help_of(domainmix, "run").out for f in ("--synthetic", "--real", "--target", "--run", "--backbone", "--seed", "--skip-bad", "--stage2.epochs"))
 
 
 NESTED = {"net", "pretrain", "spcl", "mmt", "plain", "stage2", "stage3", "world"}    # fields that are groups of flags
@@ -364,7 +391,7 @@ def flag_texts(page):
 def test_every_flag_has_a_text(domainmix):
     from domainmix.commands import COMMANDS
     for command, (kind, _, _) in COMMANDS.items():
-        texts = flag_texts(domainmix(command, "--help").out)
+        texts = flag_texts(help_of(domainmix, command).out)
         fields = set(kind.__dataclass_fields__) - NESTED
         assert len(texts) > len(fields) - (2 if command == "compare" else 0), (command, texts)    # A and B have no flag
         assert not [flag for flag, text in texts.items() if len(text) < 6], (command, texts)
@@ -372,8 +399,9 @@ def test_every_flag_has_a_text(domainmix):
         assert not fragments, (command, fragments)
 
 
-def test_a_switch_has_two_forms():
+def test_a_switch_has_two_forms(monkeypatch):
     from domainmix.cli import parse_command
+    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))      # as in FIRST_OF_ALL
 
     def parsed(*argv): return parse_command(argv)[1]
 

@@ -1,8 +1,6 @@
 """What is chosen for each kind of device, with torch's answers replaced. No xpu and no mps device has run any of this."""
 import contextlib
 import os
-import subprocess
-import sys
 import warnings
 from unittest.mock import Mock, patch
 
@@ -17,6 +15,7 @@ from domainmix.core import DomainMixError, autocast, bf16_is_fast, free_memory, 
 from domainmix.knn import unit_rows
 from domainmix.loading import fetch_batch, to_device_if_fits
 from domainmix.optimiser import adam, memory_layout, supports_fused_adam
+from forks import run_code
 from sync import ROOT
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading one."
@@ -107,7 +106,7 @@ sys.exit(report_errors(lambda: print(pick_device(sys.argv[1]))))
 
 @pytest.mark.parametrize("name, code, out", [("auto", 0, "cpu"), ("cuda", 2, "")])
 def test_the_user_reads_one_line_about_an_old_driver(name, code, out):
-    done = subprocess.run([sys.executable, "-c", OLD_DRIVER, name], cwd=ROOT, capture_output=True, text=True)
+    done = run_code(OLD_DRIVER, name, cwd=ROOT)
     assert (done.returncode, done.stdout.strip()) == (code, out), done
     assert sum("too old" in line for line in done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
 

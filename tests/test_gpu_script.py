@@ -14,6 +14,7 @@ import pretend
 import run_flagged
 from domainmix.files import load_json
 from domainmix.runs.settings import configure
+from forks import run_code
 from sync import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -104,8 +105,9 @@ def test_no_section_takes_another_with_it(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
-    code, said, error = call("--out", tmp_path / "none.json")
-    assert code == 2 and "finds no GPU here" in error and "--device cpu --small" in error and not (tmp_path / "none.json").exists()
+    code = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    done = run_code(code, "--out", tmp_path / "none.json", cwd=SCRIPT.parent)
+    assert done.returncode == 2 and "finds no GPU here" in done.stderr and "--device cpu --small" in done.stderr and not (tmp_path / "none.json").exists()
 
 
 def test_wrong_answers_are_noticed(bench, monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 
 import domainmix
 import style
+from forks import run_code
 from sync import ROOT, cleaned, exported, is_clean, modules, notebooks, place
 
 LONGEST_CELL = 25                # lines of an exported cell
@@ -207,8 +208,10 @@ def test_imports_go_down():
 HEADLESS = """
 import importlib, sys
 root, blocked, *names = sys.argv[1:]
-sys.path.insert(0, root)
-sys.modules.update(dict.fromkeys(blocked.split(',')))   # None there: the import fails, as if it were not installed
+blocked = blocked.split(',')
+there = {name.partition('.')[0] for name in sys.modules}
+if there & {'domainmix', *blocked}: sys.exit(f'imported already: {there & {"domainmix", *blocked}}')
+sys.modules.update(dict.fromkeys(blocked))   # None there: the import fails, as if it were not installed
 for name in names:
     try: importlib.import_module('domainmix.' + name)
     except ModuleNotFoundError as e: sys.exit(f'domainmix.{name}: {e}')
@@ -217,8 +220,7 @@ for name in names:
 
 def headless(root, names, blocked="nbdev,fastcore,execnb,tyro,faiss,umap,IPython,ipywidgets,matplotlib,jscatter,pandas"):
     "Import modules of the package where only what the headless path needs is installed."
-    command = [sys.executable, "-c", HEADLESS, str(root), blocked, *names]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return run_code(HEADLESS, root, blocked, *names, cwd=root)
 
 
 def test_package_imports_where_there_are_no_notebooks():

@@ -29,8 +29,10 @@ import sys, domainmix
 assert domainmix.__version__ and set(domainmix.__all__) <= set(dir(domainmix))
 heavy = {"torch", "numpy", "scipy", "sklearn", "PIL", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
-domainmix.rank
-assert "torch" in sys.modules
+sys.modules["torch"] = None
+try: domainmix.rank
+except ModuleNotFoundError as e: assert e.name == "torch", e
+else: sys.exit("where does domainmix.rank come from?")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr

@@ -4,13 +4,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from torch import nn
 
 from domainmix.bodies import BODIES, MIN_STRIDED_CHANNELS, BackboneConfig, PointConv
+from forks import run_code
 from sync import ROOT, modules
 
 LOOPS = Path(__file__).parent / "loops.py"
@@ -45,9 +45,8 @@ def compiled_loops(root: Path) -> set[str]:
 
 
 def run_loops(folder: Path, *parts: str, root: Path = ROOT) -> subprocess.CompletedProcess:
-    env = {**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(folder), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(LOOPS), *parts]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
+    code = "import runpy; from numba.core import config; config.reload_config(); runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    return run_code(code, LOOPS, *parts, cwd=root, env={"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(folder)}, limit=600)
 
 
 def test_every_compiled_loop_runs_with_checked_bounds(tmp_path):
@@ -86,7 +85,8 @@ def test_raw_memory_is_used_nowhere_else():
 
 
 CONVOLUTIONS = """
-import torch
+import ctypes, torch
+ctypes.CDLL(None).mallopt(-6, 165)     # M_PERTURB: new and freed memory is filled with other bytes
 from domainmix.bodies import ResidualBlock
 g = torch.Generator().manual_seed(0)
 for channels in (3, 4, 7, 8, 12, 15, 16, 20):
@@ -109,9 +109,7 @@ print("fine")
 
 def test_strided_convolutions_of_few_channels_stay_in_their_memory(tmp_path):
     "In a process of its own: oneDNN's fault gives wrong gradients, destroys the heap, or never ends."
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165"}
-    command = [sys.executable, "-c", CONVOLUTIONS]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    done = run_code(CONVOLUTIONS, cwd=ROOT, limit=120)
     assert done.returncode == 0 and done.stdout.strip() == "fine", done.stdout + done.stderr
 
 

@@ -7,8 +7,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from domainmix import norms
 from domainmix.bodies import resnet50_body
@@ -176,8 +178,9 @@ def launched(net, images):
 
 
 @pytest.mark.parametrize("ibn", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_stage_1_launches_a_quarter_for_its_norms(ibn):
-    "ResNet-50(-IBN), 8 ghost groups in each of 2 domains; the step without norms is taken off."
+def test_stage_1_launches_a_quarter_for_its_norms(ibn, monkeypatch):
+    "ResNet-50(-IBN), with IBN of one block in each stage, 8 ghost groups in each of 2 domains; the step without norms is taken off."
+    if ibn: monkeypatch.setattr(torchvision.models, "resnet50", lambda weights=None: ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=8))
     def build():
         net = to_domain_bn(to_ghost_bn(resnet50_body(ibn), 4))
         set_bn_domain(net, "halves")

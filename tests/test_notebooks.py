@@ -4,7 +4,6 @@ That command says nothing about what it ran: it succeeds when no cell was eligib
 the process ends it in silence. So the eligible cells are counted here, and success must be said aloud.
 """
 import configparser
-import functools
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import tempfile
 
 import pytest
 
-from forks import Forks
+from forks import shared
 from sync import ROOT, notebooks
 
 LIMIT = 400  # seconds for one notebook, on a slow and busy core
@@ -48,18 +47,10 @@ def eligible(path, root=ROOT):
     return [s for s in code if not directives(s).keys() & skip_flags(root) and directives(s).get("eval:", "").lower() != "false"]
 
 
-@functools.cache
 def forks():
     "Has imported what nearly every notebook imports from others; nothing of this package."
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return Forks("import nbdev.test, torchvision, sklearn.cluster, matplotlib.pyplot, ipywidgets", PYTHONPATH=path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"), MPLBACKEND="agg")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def closed():
-    yield
-    if forks.cache_info().currsize:
-        forks().close()
+    return shared("import nbdev.test, torchvision, sklearn.cluster, matplotlib.pyplot, ipywidgets", PYTHONPATH=path, MPLBACKEND="agg")
 
 
 def run(path, root=ROOT):

@@ -8,6 +8,7 @@ import textwrap
 from dataclasses import dataclass, is_dataclass
 from pathlib import PurePosixPath
 
+from fastcore import docments as fastcore_docments
 from fastcore.docments import docments
 
 EMPTY = inspect.Parameter.empty
@@ -89,6 +90,8 @@ def field_rows(source):
     return rows
 
 
+# docments asks for the source of the same object more than once, and Python parses a whole module to find a class.
+fastcore_docments.getsource = functools.cache(inspect.getsource)
 comments = functools.cache(docments)
 
 

@@ -4,6 +4,8 @@ MkDocs with the theme Material builds the pages. This file only puts their sourc
 folder with the layout of the repository, so that links between files hold. Nothing is executed or fetched.
 """
 import configparser
+import copy
+import functools
 import html
 import importlib
 import itertools
@@ -96,7 +98,7 @@ class Source:
         self.documents = [p for pattern in DOCUMENTS for p in sorted(root.glob(pattern))]
         self.pages = {p: self.page_of(p) for p in self.notebooks + self.documents}
         self.modules = api_pages.package_modules(root)
-        self.exporter = MarkdownExporter()
+        self.exporter = MarkdownExporter(optimistic_validation=True)   # a notebook is looked over once, not at each step
         self.notebook_of = {}   # module -> notebook
 
     def page_of(self, path):
@@ -161,7 +163,7 @@ class Source:
 
     def add_notebook(self, path):
         "Write the page of a notebook and the images of its outputs."
-        nb = nbformat.read(path, as_version=4)
+        nb = copy.deepcopy(read_notebook(path))
         module = self.module_of(nb.cells)
         cells = list(self.notebook_cells(path, nb.cells))
         if module:
@@ -228,10 +230,16 @@ class Source:
         shutil.copytree(SITE, self.folder / "assets", ignore=shutil.ignore_patterns("*.yml", "*.py", "__pycache__"))
 
 
+@functools.cache
+def read_notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+@functools.cache
 def first_lines(path):
     "The lines of a document, or of a notebook's first cell."
     if path.suffix == ".ipynb":
-        return nbformat.read(path, as_version=4).cells[0].source.splitlines()
+        return read_notebook(path).cells[0].source.splitlines()
     return path.read_text(encoding="utf-8").splitlines()
 
 
