@@ -22,6 +22,7 @@ from .world import BODY_PARTS
 from .body_parts import average_to_size, cut_out, load_parser, Parser
 from .norms import to_domain_bn
 from .bodies import _build_body, _add_input_channels, BackboneConfig, BODIES, TokenBody
+from .builtin import BUILTIN, builtin_file, check_builtin_fits
 from domainmix.weights import (
     _check_fits, _fetch, _first_differences, _load_checked, _timm_weights, match_body, read_weights, split_weights,
     weights_report, WeightsFile, WeightsParts,
@@ -273,6 +274,9 @@ def _load_body(
 # %% ../nbs/24_backbone.ipynb #24634dcc
 def _open_published(config: BackboneConfig) -> tuple[str, WeightsFile]:
     "The file that `config.weights` means, and its name."
+    if config.weights == BUILTIN:
+        check_builtin_fits(config)
+        return "the built-in network", read_weights(builtin_file())
     if config.weights == "imagenet" and config.name.startswith("timm:"):
         return config.name, WeightsFile(_timm_weights(config.name.removeprefix("timm:")), "", ())
     source = _fetch(config.name) if config.weights == "imagenet" else Path(config.weights)
@@ -286,7 +290,7 @@ def _is_our_net(file: WeightsFile) -> bool:
 # %% ../nbs/24_backbone.ipynb #7047b3a0
 def load_published(
     net: ReIDNet,             # filled in place
-    config: BackboneConfig,   # its `weights`: imagenet or a path
+    config: BackboneConfig,   # its `weights`: builtin, imagenet or a path
 ) -> list[str]:               # the tensors of the file that were left
     "Load weights from a file: of an ImageNet classifier, or of a re-ID network of this kit or another; print which."
     source, file = _open_published(config)

@@ -22,6 +22,7 @@ from . import __version__
 from .backbone import ReIDNet, n_parameters
 from .core import DomainMixError, to_dict
 from .files import load_dict, load_json
+from .builtin import BUILTIN
 from .weights import weights_header
 from .images import MEAN, STD
 from .pixels import FILL
@@ -56,7 +57,7 @@ def public_settings(
 ) -> dict:
     "The settings that decide a run's outcome, without paths."
     settings = {k: v for k, v in to_dict(config).items() if k not in (*RESULT_NEUTRAL, *META_KEYS)}
-    if settings["net"]["weights"] not in ("none", "imagenet"):
+    if settings["net"]["weights"] not in ("none", BUILTIN, "imagenet"):
         settings["net"]["weights"] = REDACTED
     return without_paths(settings)
 
@@ -103,6 +104,8 @@ def card_licence(
     sets = [s for role in ("synthetic", "real") if role in learned for s in card_sets(config, role)]
     if config.net.weights == "imagenet":
         sets.append({"layout": "imagenet", "name": "ImageNet", "terms": DATASET_TERMS["imagenet"]})
+    elif config.net.weights == BUILTIN:
+        sets.append({"layout": "world", "name": "the network in the package", "terms": DATASET_TERMS["world"]})
     elif config.net.weights != "none":
         terms = "unknown: see where the file came from"
         sets.append({"layout": "file", "name": "weights of a file", "terms": terms})

@@ -7,8 +7,8 @@ __all__ = ['COMMANDS', 'RunCommand', 'TableCommand', 'LabelCommand', 'EvaluateCo
            'TuneCommand', 'ExportCommand', 'ReportCommand', 'PresetsCommand', 'TablesCommand', 'RunsCommand',
            'CompareCommand', 'BenchCommand', 'WorldCommand', 'config_from_flags', 'tensorboard_curves', 'do_run',
            'check_seed_count', 'seed_list', 'do_table', 'cluster_sizes_text', 'do_label', 'do_evaluate',
-           'embed_by_onnx', 'do_embed', 'do_look', 'do_tune', 'do_presets', 'do_tables', 'do_notebooks', 'do_report',
-           'do_runs', 'do_compare', 'suite_arguments', 'do_bench', 'do_export', 'do_world']
+           'embed_by_onnx', 'do_embed', 'do_look', 'do_tune', 'do_presets', 'print_places', 'do_tables', 'do_notebooks',
+           'do_report', 'do_runs', 'do_compare', 'suite_arguments', 'do_bench', 'do_export', 'do_world']
 
 # %% ../nbs/79_commands.ipynb #57821056
 import contextlib
@@ -38,6 +38,7 @@ from domainmix.runs.history import (
 )
 from .runs.pipeline import labels_text, make_labels, result_text, run
 from .runs.settings import DEFAULT_METHODS, METHODS, RunConfig, load_config, run_folder
+from .runs.places import places_text, run_places
 from domainmix.runs.tables import (
     DEMO, check_datasets_exist, gains_text, load_table, presets_text, run_methods, run_table, summary_html,
     summary_text, table_text,
@@ -161,7 +162,7 @@ class PresetsCommand:
 @dataclass
 class TablesCommand:
     "Run a whole table of presets and seeds, and print it beside the paper's figures."
-    table: str                      # table1, table2, table3, world1, or a JSON file with name, presets, seeds, settings
+    table: str                      # table1, table2, table3, world1, places, or a JSON file with name, presets, seeds, settings
     seeds: int | None = None        # how many seeds: 0, 1, ...; None: those of the table
     update: bool = False            # if a run's folder has other settings: repeat the stages that they concern
     device: str = "auto"            # where to compute: auto, cpu, cuda, xpu or mps
@@ -356,9 +357,17 @@ def do_presets(args: PresetsCommand) -> None:
     "Print the presets."
     print(presets_text(args.word))
 
+# %% ../nbs/79_commands.ipynb #7ab1e5ac
+def print_places(args: TablesCommand) -> None:
+    "Do all runs of the table of places and print it, for both parts of the people."
+    seeds = range(3 if args.seeds is None else check_seed_count(args.seeds))
+    rows = run_places(args.data, seeds=tuple(seeds), update=args.update, device=args.device)
+    print(f"\n{places_text(rows, 'choose')}\n\n{places_text(rows)}\n\n{Path(args.data)/'runs/places.json'}")
+
 # %% ../nbs/79_commands.ipynb #3e3538aa
 def do_tables(args: TablesCommand) -> None:
     "Do all runs of a table of presets, print it and write its page."
+    if args.table == "places": return print_places(args)
     spec = load_table(args.table)
     if args.seeds is not None:
         spec = replace(spec, seeds=list(range(check_seed_count(args.seeds))))

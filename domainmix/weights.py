@@ -204,7 +204,7 @@ def read_weights(
 ) -> WeightsFile:
     "The tensors of a file of any toolbox; nothing in the file is executed."
     if not os.path.isfile(path):
-        remedy = "give none, imagenet, or the path of a .safetensors or .pth file"
+        remedy = "give none, builtin, imagenet, or the path of a .safetensors or .pth file"
         raise DomainMixError(f"no weights file {path}", remedy)
     if str(path).endswith(".safetensors"):
         with own_file(path):

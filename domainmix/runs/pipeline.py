@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..core import DomainMixError, fingerprint, flag, rank_and_size
 from ..files import Log, load_json, locked, save_json, wrap_read_errors
+from ..builtin import BUILTIN, builtin_file
 from ..distributed import call_on_rank0, init_distributed
 from ..pseudolabel import label_quality, load_labels
 from domainmix.runs.settings import (
@@ -34,7 +35,7 @@ from domainmix.runs.stages import (
 # %% ../../nbs/runs/04_pipeline.ipynb #1507402d
 def pretrained_key(config: RunConfig) -> str | None:
     "The name of the pre-trained weights, or the fingerprint of their file."
-    weights = config.net.weights
+    weights = str(builtin_file()) if config.net.weights == BUILTIN else config.net.weights
     return fingerprint(Path(weights).read_bytes()) if os.path.isfile(weights) else weights
 
 # %% ../../nbs/runs/04_pipeline.ipynb #f586d336

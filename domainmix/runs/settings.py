@@ -24,6 +24,7 @@ from ..core import DomainMixError, flag, later_setting, pick_device, with_overri
 from ..files import load_json, own_file
 from ..world import WorldConfig
 from ..bodies import BackboneConfig, _build_body, _check_body_config
+from ..builtin import BUILTIN, check_builtin_fits
 from ..backbone import _average_map
 from ..spcl import SpCLConfig
 from ..schedule import DomainConfig, TrainConfig
@@ -205,7 +206,7 @@ DEFAULT_METHODS = ("only-a", "directmix-initial", "directmix", "control", "domai
 # %% ../../nbs/runs/00_settings.ipynb #ee2a26d4
 def check_run_name(name: str) -> str:
     "`name` if it can name a run's folder, else an error."
-    plain = bool(name) and Path(name).name == name and not name.startswith(".")
+    plain = bool(name) and Path(name).name == name and not name.startswith(".") and name != BUILTIN
     if not plain or not name.isprintable() or len(name.encode()) > 150:
         raise DomainMixError(f"the run's name is {name!r}", "give a plain name: its folder is made below data/runs")
     return name
@@ -420,11 +421,12 @@ def _image_size_faults(config: RunConfig) -> list[Fault]:
 
 # %% ../../nbs/runs/00_settings.ipynb #c9f9ca43
 def _weights_faults(config: RunConfig) -> list[Fault]:
-    "A file of weights that does not exist."
+    "A file of weights that does not exist, or the built-in network where it does not fit."
     weights = config.net.weights
+    if weights == BUILTIN: return _caught(check_builtin_fits, config.net, config.height, config.width)
     if weights in ("none", "imagenet") or os.path.isfile(weights): return []
     said = f"{flag('net.weights')} is {weights!r:.80}, and there is no such file"
-    return [Fault(said, "give none, imagenet, or a file")]
+    return [Fault(said, "give none, builtin, imagenet, or a file")]
 
 # %% ../../nbs/runs/00_settings.ipynb #0e119889
 def raise_faults(faults: list[Fault]) -> None:

@@ -361,7 +361,7 @@ def load_table(
     if not os.path.isfile(name):
         if Path(name).suffix:
             raise DomainMixError(f"no table file {name}", "give a JSON file with name, presets, seeds and settings")
-        check_choice(str(name), TABLES, "table")
+        check_choice(str(name), [*TABLES, "places"], "table")
     values = load_json(name)
     if not isinstance(values, dict):
         raise DomainMixError(f"{name} contains no table", 'write it as {"presets": [...], "seeds": [...]}')
