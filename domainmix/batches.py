@@ -6,8 +6,8 @@
 __all__ = ['ERASE_TRIES', 'ALL_BYTES', 'BYTE_TO_FLOAT', 'AugmentConfig', 'augmentation_numbers', 'erase_boxes', 'flip_and_shift',
            'erase_rectangles', 'augment_loop', 'augment_compiled', 'augment', 'on_host', 'TrainSet', 'check_train_set',
            'train_set', 'copy_images', 'ImageStack', 'as_image_stack', 'concat_stacks', 'concat_with_offset', 'union',
-           'sample_distinct', 'equal_runs', 'IdentityIndex', 'sample_places', 'sample_images', 'domain_pools',
-           'identity_pools', 'int_columns', 'PKSampler']
+           'told_domains', 'sample_distinct', 'equal_runs', 'IdentityIndex', 'sample_places', 'sample_images',
+           'domain_pools', 'identity_pools', 'int_columns', 'PKSampler']
 
 # %% ../nbs/16_batches.ipynb #15759471
 import itertools
@@ -312,6 +312,20 @@ def union(
     images = ImageStack.concat(*(s.images for s in sets))
     label, camera = (concat_with_offset([getattr(s, name) for s in sets]) for name in ("label", "camera"))
     return TrainSet(images, label, camera, torch.cat([s.domain for s in sets]))
+
+# %% ../nbs/16_batches.ipynb #c67796d9
+def told_domains(
+    data: TrainSet,
+    by: str = "set",   # set: the domains of the data; camera: each camera of each set is a domain
+) -> Tensor:           # int64 (N,), 0 and up
+    "The domains that the discriminator learns to tell apart, and that the backbone hides."
+    if by == "set":
+        return data.domain
+    if (data.camera < 0).any():
+        unknown = int((data.camera < 0).sum())
+        raise DomainMixError(f"each camera shall be a domain, but {unknown} of {len(data)} images have no known camera",
+                             "give a pattern with a group camera, or set stage3.domains to set")
+    return torch.stack([data.domain, data.camera], 1).unique(dim=0, return_inverse=True)[1]
 
 # %% ../nbs/16_batches.ipynb #8017b0b5
 def sample_distinct(

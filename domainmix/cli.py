@@ -18,7 +18,8 @@ from .core import CommandLine, DomainMixError, command_line, setting_names
 from .pipeline import report_errors, settings_in_file
 from .runs.inputs import reading_aloud
 from .runs.settings import RunConfig, configure, load_config
-from .runs.tables import DEMO, DEMO_SEEDS, preset_settings
+from .runs.presets import preset_settings
+from .runs.tables import DEMO, DEMO_SEEDS
 
 # %% ../nbs/80_cli.ipynb #eb52eb67
 def usage_text() -> str:

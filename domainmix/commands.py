@@ -38,9 +38,10 @@ from domainmix.runs.history import (
 )
 from .runs.pipeline import labels_text, make_labels, result_text, run
 from .runs.settings import DEFAULT_METHODS, METHODS, RunConfig, load_config, run_folder
+from .runs.presets import check_datasets_exist, presets_text
 from .runs.places import places_text, run_places
 from domainmix.runs.tables import (
-    DEMO, check_datasets_exist, gains_text, load_table, presets_text, run_methods, run_table, summary_html,
+    DEMO, gains_text, load_table, run_methods, run_table, summary_html,
     summary_text, table_text,
 )
 from .views.look import look, look_text, write_look_sheet

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 
-from .batches import augment, augmentation_numbers, ImageStack, PKSampler, TrainSet
+from .batches import augment, augmentation_numbers, ImageStack, PKSampler, told_domains, TrainSet
 from .checkpoint import T
 from .core import autocast, free_memory, generator
 from .distributed import check_divisible, join_slices, process_rows, process_slice
@@ -185,7 +185,8 @@ class BatchLoader:
         self.augment, self.layout = config.augment, memory_layout(config.channels_last, device)
         self.seed, self.stage, self.device = seed, stage, device
         self.images = to_device_if_fits(data.images, device)
-        self.label, self.domain = data.label.to(device), data.domain.to(device)
+        domain = told_domains(data, getattr(config, "domains", "set"))
+        self.label, self.domain = data.label.to(device), domain.to(device)
 
     def load_batch(self, index: Tensor, numbers: Tensor, views: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         "Images (B, 3, H, W) float, labels (B,), domains (B,): this process's share of one batch."

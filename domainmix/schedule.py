@@ -99,6 +99,7 @@ class DomainConfig(TrainConfig):
     alternate: Literal["epoch", "literal", "iteration"] = "epoch"
     ratio: int = 9  # with alternate iteration: steps of the backbone for each step of the discriminator
     feature: Literal["neck", "raw"] = "neck"  # input of the discriminator: after (neck) or before (raw) the BN neck
+    domains: Literal["set", "camera"] = later_setting("set")  # what the discriminator tells apart: sets or cameras
 
 # %% ../nbs/27_schedule.ipynb #2b0d5b59
 def discriminator_turns(config: TrainConfig) -> np.ndarray:

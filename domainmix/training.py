@@ -22,7 +22,7 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from .backbone import ReIDNet
-from .batches import TrainSet
+from .batches import TrainSet, told_domains
 from .capture import may_record, StepRecorder
 from .checkpoint import data_key, StageRun, weights_key
 from .classifier import ClassifierNet, compile_net, initial_classifier, mean_features, mean_over_views
@@ -197,7 +197,7 @@ def make_train_state(
         compile_net(model, data.images[:2], device, config.channels_last)
     state.optimiser = adam(model, config.lr, config.weight_decay, config.fused)
     if getattr(config, "loss", "none") != "none":
-        add_discriminator(state, data.n_domains, config, seed, device)
+        add_discriminator(state, int(told_domains(data, config.domains).max()) + 1, config, seed, device)
     return state
 
 # %% ../nbs/40_training.ipynb #b1da09d7
@@ -344,7 +344,7 @@ def train_invariant(
     classifier: Tensor | None = None,          # (n_classes, D) from stage 2; None: the mean feature of every class
 ) -> TrainResult:
     "Stage 3, Algorithm 1: `train` with a discriminator, from the result of stage 2."
-    if len(data.domain.unique()) < 2:
+    if len(told_domains(data, config.domains).unique()) < 2:
         raise DomainMixError("all images are of one domain",
                              "give stage 3 the union of two or more sets, each with its own domain")
     device = pick_device(device)

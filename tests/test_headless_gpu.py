@@ -22,7 +22,7 @@ from domainmix.datasets import write_world
 from domainmix.files import load_json, load_jsonl, load_state, save_json
 from domainmix.pipeline import EXIT_OK, EXIT_TERMINATED, EXIT_USER_ERROR, main
 from domainmix.runs.settings import BACKBONE_SETTINGS, METHODS, TINY_SETTINGS, TRAINING_SECTIONS
-from domainmix.runs.tables import BACKBONES, PAPER_DATASETS, preset_settings
+from domainmix.runs.presets import BACKBONES, PAPER_DATASETS, preset_settings
 from domainmix.world import WorldConfig
 from pretend import gpu
 

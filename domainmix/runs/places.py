@@ -23,7 +23,8 @@ from ..evaluation import extract_features, rank
 from .settings import DEFAULT_METHODS, METHODS, RunConfig, configure, run_folder, validate_config
 from .inputs import Inputs, read_inputs
 from .stages import feature_options, load_net
-from .tables import PAPER_DATASETS, mean_and_std, paired_gains, percent_text, run_methods
+from .presets import PAPER_DATASETS
+from .tables import mean_and_std, paired_gains, percent_text, run_methods
 
 # %% ../../nbs/runs/07_places.ipynb #fbdfb9bd
 class PlaceTask(NamedTuple):
