@@ -338,3 +338,59 @@ def test_settings_of_later_versions_change_no_key():
     "Fields that were added stay out of what a stage's key is made of, at their default."
     for config, names in ((BackboneConfig(), ["first_relu"]), (configure(), ["keep_state"]), (DomainConfig(), ["capture"])):
         assert all(hasattr(config, n) and n not in core.to_dict(config) for n in names)
+
+
+# one rule for a query's own file
+
+def test_no_sheet_shows_a_query_its_own_file(tmp_path, monkeypatch):
+    "The scores, the list, the sheet of the report, that of the README and the widget: by the content of the files."
+    from types import SimpleNamespace
+
+    from domainmix.datasets import read_dataset
+    from domainmix.evaluation import rank, ranked_list
+    from domainmix.runs.inputs import decode_split
+    from domainmix.views import report, sheets
+    from domainmix.views.results import Results
+    from domainmix.views.widgets import Retrieval, answers_by_network
+    for i in range(24):                            # half of the gallery are also queries, under other names
+        for folder in ("query", "gallery") if i % 4 < 2 else ("gallery",):
+            (tmp_path/folder).mkdir(exist_ok=True)
+            pixels = np.random.default_rng(i).integers(0, 256, (8, 4, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path/folder/f"{i // 4}_{folder}_{(i * 7) % 24}.png")
+    found, config = read_dataset(f"folder:{tmp_path}", r"(?P<pid>\d)_"), configure(height=8, width=4, data=str(tmp_path/"data"))
+    split = {name: decode_split(getattr(found, name), config) for name in ("query", "gallery")}
+    feature = {name: (s.images.flatten(1).double() - 127).numpy() for name, s in split.items()}
+    feature = {name: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for name, x in feature.items()}
+    content = {name: [Path(f).read_bytes() for f in s.records.files()] for name, s in split.items()}
+    q, g = split["query"].records, split["gallery"].records
+    aps = []                                       # brute force
+    for i, x in enumerate(feature["query"]):
+        order = [j for j in np.argsort(-(feature["gallery"] @ x)) if content["gallery"][j] != content["query"][i]]
+        right = g.pid[order] == q.pid[i]
+        aps.append(np.mean([right[:k + 1].mean() for k in np.flatnonzero(right)]))
+    r = SimpleNamespace(load_split=split.get, last_networks=lambda: ["stage3"], features=lambda stage, name: feature[name], _own_files=None)
+    r.own_files = lambda: Results.own_files(r)
+    shown, scores = [], []
+
+    def spy(module):
+        def list_(*a, **k):
+            shown.append(ranked_list(*a, **k))
+            return shown[-1]
+
+        def rank_(*a, **k):
+            scores.append(rank(*a, **k).average_precision)
+            return rank(*a, **k)
+        monkeypatch.setattr(module, "ranked_list", list_), monkeypatch.setattr(module, "rank", rank_)
+    spy(report), spy(sheets)
+    report._draw_answers(r), sheets._ranking_rows(r, 5, 6)
+    view = Retrieval({"stage3": (feature["query"], feature["gallery"])}, *split.values())
+    scores.append(view.ap["stage3"])
+    assert len(scores) == 3 and all(np.allclose(s, aps) for s in scores), (scores, aps)
+    rows = np.arange(0, len(g), 1)[::-1].copy()    # some order of the gallery, as after the choice of a camera
+    for i in range(len(q)):
+        one = answers_by_network(view.features, i, q, g, rows, 24, view.own)
+        answers = [*(at[i] for at in (s.index for s in shown)), rows[one.index[0][one.index[0] >= 0]]]
+        assert len(answers) == 3 and (one.index < 0).sum() == 1
+        for at in answers:
+            assert len(at) >= 6 and not any(content["gallery"][j] == content["query"][i] for j in at if j >= 0)
+        assert (g.pid[answers[2][0]] == q.pid[i]) == (one.flag[0][0] == 1)
