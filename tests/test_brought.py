@@ -394,3 +394,29 @@ def test_no_sheet_shows_a_query_its_own_file(tmp_path, monkeypatch):
         for at in answers:
             assert len(at) >= 6 and not any(content["gallery"][j] == content["query"][i] for j in at if j >= 0)
         assert (g.pid[answers[2][0]] == q.pid[i]) == (one.flag[0][0] == 1)
+
+
+def test_nan_and_infinity_are_listed_with_the_other_faults(tmp_path, capsys):
+    "From a file of settings by both commands, and from a call of the library; each by its name as it was given."
+    from domainmix import pipeline
+    file = tmp_path/"mine.json"
+    file.write_text(json.dumps({**TINY_SETTINGS, "real": "world", "data": str(tmp_path/"data"), "stage3.lr": math.nan, "spcl.k": 0, "stage2": {"margin": -math.inf},
+                                "world.a.blur": [math.nan, 1]}))
+    wanted = [f"{name} in {file} is {value}" for name, value in (("stage3.lr", "nan"), ("spcl.k", "0"), ("stage2.margin", "-inf"), ("world.a.blur", "(nan, 1)"))]
+    assert main(["run", "--config", str(file), "--upper", "1000000001", "--stage2.lr", "nan", "--mmt.epochs", "0"]) == 2
+    said = capsys.readouterr().err
+    for words in (*wanted, "7 settings", "--upper is 1000000001", "--stage2.lr is nan", "--mmt.epochs is 0"):
+        assert words in said, (words, said)
+    assert pipeline.main(["--config", str(file), "stage2.lr=NaN", "upper=1e999"]) == 2
+    said = capsys.readouterr().err
+    for words in (*wanted, "6 settings", "stage2.lr is nan", "upper is inf"):
+        assert words in said, (words, said)
+    with pytest.raises(DomainMixError) as caught:
+        run(configure(TINY_SETTINGS, {"stage2": {"lr": math.nan}, "mmt.k": 1}, real="world", lower=math.inf, upper=3, seed=math.nan, data=str(tmp_path/"data")))
+    for words in ("4 settings", "stage2.lr is nan", "mmt.k is 1", "lower is inf", "seed is nan"):
+        assert words in str(caught.value), (words, caught.value)
+    assert not (tmp_path/"data").exists()
+    for path in ("epochs", "lr"):    # a saved config that was damaged is still refused where it is opened
+        file.write_text(json.dumps({"stage2": {path: math.inf}}))
+        with pytest.raises(DomainMixError, match=rf"mine.json: stage2.{path} is inf"):
+            settings.load_config(file)
