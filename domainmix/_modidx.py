@@ -649,6 +649,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                   'domainmix.deploy.export_program': ('deploy.html#export_program', 'domainmix/deploy.py'),
                                   'domainmix.deploy.exported_aspect': ('deploy.html#exported_aspect', 'domainmix/deploy.py'),
                                   'domainmix.deploy.exporter_errors': ('deploy.html#exporter_errors', 'domainmix/deploy.py'),
+                                  'domainmix.deploy.for_empty_batches': ('deploy.html#for_empty_batches', 'domainmix/deploy.py'),
                                   'domainmix.deploy.normalise_input': ('deploy.html#normalise_input', 'domainmix/deploy.py'),
                                   'domainmix.deploy.open_onnx': ('deploy.html#open_onnx', 'domainmix/deploy.py'),
                                   'domainmix.deploy.open_torch': ('deploy.html#open_torch', 'domainmix/deploy.py'),
