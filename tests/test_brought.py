@@ -420,3 +420,14 @@ def test_nan_and_infinity_are_listed_with_the_other_faults(tmp_path, capsys):
         file.write_text(json.dumps({"stage2": {path: math.inf}}))
         with pytest.raises(DomainMixError, match=rf"mine.json: stage2.{path} is inf"):
             settings.load_config(file)
+
+
+@pytest.mark.slow    # installs packages
+def test_the_oldest_and_the_newest_onnxruntime_agree_with_pytorch():
+    import sys
+
+    import onnx_versions    # in tools/
+    code = onnx_versions.main([], sys.executable)
+    if code == 3:
+        pytest.skip("pip installs no onnxruntime here")
+    assert code == 0
