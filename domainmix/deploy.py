@@ -144,7 +144,8 @@ def for_empty_batches(
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.instance_norm.default:
             x, weight, bias, *_, eps, _ = node.args
-            node.target, node.args = torch.ops.aten.group_norm.default, (x, node.meta["val"].shape[1], weight, bias, eps)
+            channels, node.target = node.meta["val"].shape[1], torch.ops.aten.group_norm.default
+            node.args = (x, channels, weight, bias, eps)
     program.graph_module.recompile()
     return program
 

@@ -240,9 +240,8 @@ def ranked_list(
     "The first answers to each query, and which of them are right."
     inputs = _check_inputs(query, gallery, query_pid, gallery_pid, query_camera, gallery_camera)
     query, gallery, q_pid, q_camera, g_pid, g_camera = inputs
-    everyone = torch.ones(len(gallery), dtype=torch.bool, device=gallery.device)
     distances = lambda part: row_products(query[part], gallery).neg_()
-    if own is not None and len(own): distances = _without_own_files(distances, own, everyone)
+    if own is not None and len(own): distances = _without_own_files(distances, own, torch.ones_like(g_pid).bool())
     parts, size = [], max(1, 2**22 // len(gallery))
     for part in torch.arange(len(query), device=query.device).split(size):
         with exact_matmul(query.device): s = -distances(part)

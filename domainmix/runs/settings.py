@@ -15,14 +15,13 @@ __all__ = ['RESULT_NEUTRAL', 'PAPER_SETTINGS', 'TRAINING_SECTIONS', 'INHERITED',
 import difflib
 import importlib.util
 import os
-import typing
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Literal, NamedTuple
 
 import torch
 
-from ..core import DomainMixError, _field_types, flag, later_setting, pick_device, with_overrides
+from ..core import DomainMixError, _keep_nonfinite, _nonfinite, flag, later_setting, pick_device, with_overrides
 from ..files import load_json, own_file
 from ..world import WorldConfig
 from ..bodies import BackboneConfig, _build_body, _check_body_config
@@ -156,35 +155,6 @@ def backbone_settings(backbone: str) -> dict:
         raise DomainMixError(f"backbone is {backbone!r:.80}", f"give one of {known}, or timm:NAME")
     if backbone.startswith("timm:"): return _paper_backbone(backbone, ibn=False)
     return BACKBONE_SETTINGS[check_choice(backbone, BACKBONE_SETTINGS, "backbone")]
-
-# %% ../../nbs/runs/00_settings.ipynb #2ffecabe
-def _nonfinite(value: Any) -> bool:
-    "Is it a number that is NaN, infinite or too large, or a list of numbers with such a one?"
-    values = value if isinstance(value, (list, tuple)) else [value]
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-    return numbers and not all(abs(v) < 1e300 for v in values)
-
-# %% ../../nbs/runs/00_settings.ipynb #c483eef3
-def _takes_numbers(hint: Any) -> bool:
-    "Is a setting of this type a number, or several?"
-    return hint in (int, float) or any(map(_takes_numbers, typing.get_args(hint)))
-
-# %% ../../nbs/runs/00_settings.ipynb #9eb66dee
-def _keep_nonfinite(config: Any, changes: dict) -> tuple[Any, dict]:
-    "The config with those numbers of `changes` that are NaN or infinite, and the other changes."
-    others, hints = {}, _field_types(type(config))
-    for key, value in changes.items():
-        head, _, rest = str(key).partition(".")
-        old, size = getattr(config, head, None), len(value) if isinstance(value, (list, tuple)) else 0
-        if head in hints and is_dataclass(old) and (rest or isinstance(value, dict)):
-            new, left = _keep_nonfinite(old, {rest: value} if rest else value)
-            config = replace(config, **{head: new})
-            if left: others[key] = left[rest] if rest else left
-        elif not rest and head in hints and _takes_numbers(hints[head]) and _nonfinite(value) and (
-                not size or isinstance(old, tuple) and size == len(old)):
-            config = replace(config, **{head: tuple(value) if size else value})
-        else: others[key] = value
-    return config, others
 
 # %% ../../nbs/runs/00_settings.ipynb #81dca905
 def change_settings(

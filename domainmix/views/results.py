@@ -355,7 +355,7 @@ class Results(RunFolder):
     "A run with its images, features, labels and scores."
     def __init__(self, run: str | Path, data: str | Path = "data", seed: int | None = None):
         super().__init__(run, data, seed)
-        self._split_cache, self._feature_cache, self._own_files = {}, {}, None
+        self._split_cache, self._feature_cache = {}, {}
 
     def load_split(self, name: str) -> Split:
         "The images and records of 'synthetic', 'real', 'query' or 'gallery'."
@@ -371,8 +371,7 @@ class Results(RunFolder):
 
     def own_files(self) -> np.ndarray:
         "The pairs (P, 2) of a query and a gallery image that are the same file: no answers."
-        if self._own_files is None: self._own_files = same_files(self.load_split("query"), self.load_split("gallery"))
-        return self._own_files
+        return same_files(self.load_split("query"), self.load_split("gallery"))
 
     def labelling_stage(self) -> StageFolder: return first_labelling_stage(self)
     def labels(self, refined: bool = True, stage: str | None = None): return run_labels(self, refined, stage)
