@@ -456,35 +456,6 @@ def with_overrides(
         config = dataclasses.replace(config, **{head: new})
     return config
 
-# %% ../nbs/00_core.ipynb #2bb87b8d
-def _nonfinite(value: Any) -> bool:
-    "Is it a number that is NaN, infinite or too large, or a list of numbers with such a one?"
-    values = value if isinstance(value, (list, tuple)) else [value]
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-    return numbers and not all(abs(v) < 1e300 for v in values)
-
-# %% ../nbs/00_core.ipynb #bd22686d
-def _takes_numbers(hint: Any) -> bool:
-    "Is a setting of this type a number, or several?"
-    return hint in (int, float) or any(map(_takes_numbers, typing.get_args(hint)))
-
-# %% ../nbs/00_core.ipynb #d57a03ee
-def _keep_nonfinite(config: Any, changes: dict) -> tuple[Any, dict]:
-    "The config with those numbers of `changes` that are NaN or infinite, and the other changes."
-    others, hints = {}, _field_types(type(config))
-    for key, value in changes.items():
-        head, _, rest = str(key).partition(".")
-        old, size = getattr(config, head, None), len(value) if isinstance(value, (list, tuple)) else 0
-        if head in hints and dataclasses.is_dataclass(old) and (rest or isinstance(value, dict)):
-            new, left = _keep_nonfinite(old, {rest: value} if rest else value)
-            config = dataclasses.replace(config, **{head: new})
-            if left: others[key] = left[rest] if rest else left
-        elif not rest and head in hints and _takes_numbers(hints[head]) and _nonfinite(value) and (
-                not size or isinstance(old, tuple) and size == len(old)):
-            config = dataclasses.replace(config, **{head: tuple(value) if size else value})
-        else: others[key] = value
-    return config, others
-
 # %% ../nbs/00_core.ipynb #ebcbddb6
 def setting_names(
     cls: type,         # a dataclass

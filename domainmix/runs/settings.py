@@ -21,13 +21,13 @@ from typing import Any, Callable, Iterable, Literal, NamedTuple
 
 import torch
 
-from ..core import DomainMixError, _keep_nonfinite, _nonfinite, flag, later_setting, pick_device, with_overrides
+from ..core import DomainMixError, flag, later_setting, pick_device, with_overrides
 from ..files import load_json, own_file
 from ..world import WorldConfig
 from ..bodies import BackboneConfig, _build_body, _check_body_config
 from ..backbone import _average_map
 from ..spcl import SpCLConfig
-from ..schedule import DomainConfig, TrainConfig
+from ..schedule import DomainConfig, TrainConfig, _keep_nonfinite, _nonfinite
 from ..baselines.labellers import LABELLERS
 from ..baselines.mmt import MMTConfig
 from ..baselines.clustering import PlainConfig
