@@ -69,7 +69,7 @@ def default_arguments(
         changes = {**changes, **preset_changes(argv, preset)}
     more, extra = {}, {}
     if file:
-        config, more = load_config(file, backbone)
+        config, more = load_config(file, backbone, finite=False)
     else:
         config = configure(changes, {"backbone": backbone} if backbone else {})
     if changes is DEMO:

@@ -316,6 +316,8 @@ def embed_by_onnx(args: EmbedCommand) -> np.ndarray:
 # %% ../nbs/79_commands.ipynb #832c4936
 def do_embed(args: EmbedCommand) -> None:
     "Write the features of a data set and say where they are."
+    out = ensure_suffix(args.out, ".npy")
+    for file in (out, out.with_suffix(".csv"), args.deepsort and Path(args.deepsort)/"a.npy"): check_output_file(file)
     if args.deepsort:
         read_box_table(args.images.partition(":")[2])    # an error now, and not after the features
     if args.onnx:
@@ -325,7 +327,6 @@ def do_embed(args: EmbedCommand) -> None:
                                  pattern=args.pattern)
     else:
         raise DomainMixError("no network is given", "give --model, or --onnx with an exported one")
-    out = ensure_suffix(args.out, ".npy")
     print(f"{out}: {features.shape[0]:,} features of {features.shape[1]} numbers")
     print(f"{out.with_suffix('.csv')}: their images")
     if args.deepsort:
@@ -351,6 +352,7 @@ def do_look(args: LookCommand) -> None:
 # %% ../nbs/79_commands.ipynb #98e5b82c
 def do_tune(args: TuneCommand) -> None:
     "Write a network with a learned metric and print the file's name."
+    check_output_file(args.out)
     print(tune(args.model, args.images, args.out, args.pattern, args.ridge, architecture(args), **common_options(args)))
 
 # %% ../nbs/79_commands.ipynb #89a2e615

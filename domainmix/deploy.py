@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['INPUT_KINDS', 'OLDEST_OPSET', 'INPUT_KEY', 'EXPORT_FORMATS', 'PARITY_BATCHES', 'SplitNorm', 'to_standard_layers',
-           'normalise_input', 'prepare_input', 'FeatureExtractor', 'require_packages', 'export_program', 'write_torch',
-           'open_torch', 'check_opset', 'write_onnx', 'OnnxModel', 'start_onnxruntime', 'open_onnx', 'ExportFormat',
-           'structured_shapes', 'parity_images', 'output_differences', 'check_parity', 'check_new_folder',
-           'output_folder', 'exporter_errors', 'export_formats', 'required_packages', 'write_checked', 'export',
-           'exported_aspect', 'embed_onnx']
+           'normalise_input', 'prepare_input', 'FeatureExtractor', 'require_packages', 'export_program',
+           'for_empty_batches', 'write_torch', 'open_torch', 'check_opset', 'write_onnx', 'OnnxModel',
+           'start_onnxruntime', 'open_onnx', 'ExportFormat', 'structured_shapes', 'parity_images', 'output_differences',
+           'check_parity', 'check_new_folder', 'output_folder', 'exporter_errors', 'export_formats',
+           'required_packages', 'write_checked', 'export', 'exported_aspect', 'embed_onnx']
 
 # %% ../nbs/62_deploy.ipynb #5725cdc3
 import contextlib
+import copy
 import hashlib
 import importlib
 import logging
@@ -135,12 +136,26 @@ def export_program(
         return torch.export.export(features, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=0)},))
 
 # %% ../nbs/62_deploy.ipynb #91d9033b
+def for_empty_batches(
+    program: torch.export.ExportedProgram,  # of `export_program`
+) -> torch.export.ExportedProgram:
+    "A copy in which PyTorch's instance norm, which refuses a batch of 0, is a group norm with one channel a group."
+    program = copy.deepcopy(program)
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.instance_norm.default:
+            x, weight, bias, *_, eps, _ = node.args
+            channels, node.target = node.meta["val"].shape[1], torch.ops.aten.group_norm.default
+            node.args = (x, channels, weight, bias, eps)
+    program.graph_module.recompile()
+    return program
+
+# %% ../nbs/62_deploy.ipynb #b3b96a45
 def write_torch(
     program: torch.export.ExportedProgram,  # of `export_program`
     path: Path,  # the file
 ) -> None:
     "Write `program` as one file that PyTorch reads."
-    torch.export.save(program, path)
+    torch.export.save(for_empty_batches(program), path)
 
 # %% ../nbs/62_deploy.ipynb #f6fa47b8
 def open_torch(

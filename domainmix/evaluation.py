@@ -235,17 +235,20 @@ def ranked_list(
     gallery_camera: torch.Tensor | np.ndarray | None = None,  # int (G,)
     topk: int = 10,                          # number of answers; no more than the gallery has
     with_junk: bool = True,                  # keep junk in the list, marked
+    own: np.ndarray | None = None,           # int (P, 2): a query, and a gallery image that is the same file; left out
 ) -> RankedList:
     "The first answers to each query, and which of them are right."
     inputs = _check_inputs(query, gallery, query_pid, gallery_pid, query_camera, gallery_camera)
     query, gallery, q_pid, q_camera, g_pid, g_camera = inputs
+    distances = lambda part: row_products(query[part], gallery).neg_()
+    if own is not None and len(own): distances = _without_own_files(distances, own, torch.ones_like(g_pid).bool())
     parts, size = [], max(1, 2**22 // len(gallery))
-    for q, p, c in zip(query.split(size), q_pid.split(size), q_camera.split(size)):
-        with exact_matmul(query.device): s = row_products(q, gallery)
-        same = p[:, None] == g_pid
-        junk = (g_pid < 0) | (same & (c[:, None] == g_camera) & (c[:, None] >= 0))
+    for part in torch.arange(len(query), device=query.device).split(size):
+        with exact_matmul(query.device): s = -distances(part)
+        same, c = q_pid[part, None] == g_pid, q_camera[part, None]
+        junk = (g_pid < 0) | (same & (c == g_camera) & (c >= 0))
         s, at = (s if with_junk else s.masked_fill(junk, -torch.inf)).topk(min(topk, len(gallery)))
-        flag = torch.where(junk.gather(1, at), -1, same.gather(1, at).long())
+        flag = torch.where(junk.gather(1, at) | (s == -torch.inf), -1, same.gather(1, at).long())
         parts.append((at.masked_fill(s == -torch.inf, -1), s, flag.to(torch.int8)))
     return RankedList(*(torch.cat(p).cpu().numpy() for p in zip(*parts)))
 

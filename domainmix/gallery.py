@@ -29,6 +29,7 @@ from domainmix.feature_store import (
 from .files import save_json, write_atomic
 from .inference import Model, list_images
 from .knn import camera_centre, exact_matmul, row_products, unit_rows
+from .records import printable
 
 # %% ../nbs/67_gallery.ipynb #71f6402a
 QUERIES_AT_ONCE, GALLERY_AT_ONCE = 256, 2**14    # rows and columns of a tile: 16 MB
@@ -244,9 +245,10 @@ def answers_text(
 ) -> str:
     "The first answers of the first queries, for a terminal."
     lines = []
-    for q, name in list(enumerate(answers.query.names))[:queries]:
+    for q, name in list(enumerate(map(printable, answers.query.names)))[:queries]:
         rows = [r for r in range(answers.index.shape[1]) if answers.index[q, r] >= 0]
-        found = [f"  {answers.similarity[q, r]:.3f}  {answers.gallery.names[answers.index[q, r]]}" for r in rows[:top]]
+        names = [printable(answers.gallery.names[answers.index[q, r]]) for r in rows[:top]]
+        found = [f"  {answers.similarity[q, r]:.3f}  {name}" for r, name in zip(rows, names)]
         best = f"; the best similarity is {answers.best[q]:.3f}" if np.isfinite(answers.best[q]) else ""
         lines += [name, *(found or [f"  nobody{best}"])]
     if len(answers.query) > queries:

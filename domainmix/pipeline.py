@@ -18,12 +18,10 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 
-from domainmix.core import (
-    CommandLine, DomainMixError, command_line, flag, has_flag, rank_and_size, with_overrides,
-)
+from .core import CommandLine, DomainMixError, command_line, flag, has_flag, rank_and_size
 from .files import Terminated, load_json, raise_on_sigterm
 from .runs.pipeline import result_text, run
-from .runs.settings import RunConfig, load_config
+from .runs.settings import RunConfig, change_settings, load_config
 from .runs.tables import gains_text, run_methods, table_text
 
 # %% ../nbs/70_headless.ipynb #bb81fac7
@@ -144,7 +142,7 @@ def apply_settings(
         if not equals:
             raise DomainMixError(f"{setting!r} is not of the form SETTING=VALUE", "write, for example, stage2.epochs=5")
         changes[name] = parse_value(value)
-    return with_overrides(config, changes)
+    return change_settings(config, changes)
 
 # %% ../nbs/70_headless.ipynb #3cf68c69
 def make_parser() -> argparse.ArgumentParser:
@@ -184,7 +182,7 @@ def run_from_file(
 # %% ../nbs/70_headless.ipynb #af23d731
 def _run_settings(args: argparse.Namespace) -> None:
     "Do what `run_from_file` says; messages name settings as keys of the file."
-    config, more = load_config(args.config)
+    config, more = load_config(args.config, finite=False)
     config = apply_settings(config, args.settings)
     if "methods" not in more:
         print(result_text(run(config, args.update, args.fresh)))

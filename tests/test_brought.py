@@ -338,3 +338,96 @@ def test_settings_of_later_versions_change_no_key():
     "Fields that were added stay out of what a stage's key is made of, at their default."
     for config, names in ((BackboneConfig(), ["first_relu"]), (configure(), ["keep_state"]), (DomainConfig(), ["capture"])):
         assert all(hasattr(config, n) and n not in core.to_dict(config) for n in names)
+
+
+# one rule for a query's own file
+
+def test_no_sheet_shows_a_query_its_own_file(tmp_path, monkeypatch):
+    "The scores, the list, the sheet of the report, that of the README and the widget: by the content of the files."
+    from types import SimpleNamespace
+
+    from domainmix.datasets import read_dataset
+    from domainmix.evaluation import rank, ranked_list
+    from domainmix.runs.inputs import decode_split
+    from domainmix.views import report, sheets
+    from domainmix.views.results import Results
+    from domainmix.views.widgets import Retrieval, answers_by_network
+    for i in range(24):                            # half of the gallery are also queries, under other names
+        for folder in ("query", "gallery") if i % 4 < 2 else ("gallery",):
+            (tmp_path/folder).mkdir(exist_ok=True)
+            pixels = np.random.default_rng(i).integers(0, 256, (8, 4, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path/folder/f"{i // 4}_{folder}_{(i * 7) % 24}.png")
+    found, config = read_dataset(f"folder:{tmp_path}", r"(?P<pid>\d)_"), configure(height=8, width=4, data=str(tmp_path/"data"))
+    split = {name: decode_split(getattr(found, name), config) for name in ("query", "gallery")}
+    feature = {name: (s.images.flatten(1).double() - 127).numpy() for name, s in split.items()}
+    feature = {name: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for name, x in feature.items()}
+    content = {name: [Path(f).read_bytes() for f in s.records.files()] for name, s in split.items()}
+    q, g = split["query"].records, split["gallery"].records
+    aps = []                                       # brute force
+    for i, x in enumerate(feature["query"]):
+        order = [j for j in np.argsort(-(feature["gallery"] @ x)) if content["gallery"][j] != content["query"][i]]
+        right = g.pid[order] == q.pid[i]
+        aps.append(np.mean([right[:k + 1].mean() for k in np.flatnonzero(right)]))
+    r = SimpleNamespace(load_split=split.get, last_networks=lambda: ["stage3"], features=lambda stage, name: feature[name], _own_files=None)
+    r.own_files = lambda: Results.own_files(r)
+    shown, scores = [], []
+
+    def spy(module):
+        def list_(*a, **k):
+            shown.append(ranked_list(*a, **k))
+            return shown[-1]
+
+        def rank_(*a, **k):
+            scores.append(rank(*a, **k).average_precision)
+            return rank(*a, **k)
+        monkeypatch.setattr(module, "ranked_list", list_), monkeypatch.setattr(module, "rank", rank_)
+    spy(report), spy(sheets)
+    report._draw_answers(r), sheets._ranking_rows(r, 5, 6)
+    view = Retrieval({"stage3": (feature["query"], feature["gallery"])}, *split.values())
+    scores.append(view.ap["stage3"])
+    assert len(scores) == 3 and all(np.allclose(s, aps) for s in scores), (scores, aps)
+    rows = np.arange(0, len(g), 1)[::-1].copy()    # some order of the gallery, as after the choice of a camera
+    for i in range(len(q)):
+        one = answers_by_network(view.features, i, q, g, rows, 24, view.own)
+        answers = [*(at[i] for at in (s.index for s in shown)), rows[one.index[0][one.index[0] >= 0]]]
+        assert len(answers) == 3 and (one.index < 0).sum() == 1
+        for at in answers:
+            assert len(at) >= 6 and not any(content["gallery"][j] == content["query"][i] for j in at if j >= 0)
+        assert (g.pid[answers[2][0]] == q.pid[i]) == (one.flag[0][0] == 1)
+
+
+def test_nan_and_infinity_are_listed_with_the_other_faults(tmp_path, capsys):
+    "From a file of settings by both commands, and from a call of the library; each by its name as it was given."
+    from domainmix import pipeline
+    file = tmp_path/"mine.json"
+    file.write_text(json.dumps({**TINY_SETTINGS, "real": "world", "data": str(tmp_path/"data"), "stage3.lr": math.nan, "spcl.k": 0, "stage2": {"margin": -math.inf},
+                                "world.a.blur": [math.nan, 1]}))
+    wanted = [f"{name} in {file} is {value}" for name, value in (("stage3.lr", "nan"), ("spcl.k", "0"), ("stage2.margin", "-inf"), ("world.a.blur", "(nan, 1)"))]
+    assert main(["run", "--config", str(file), "--upper", "1000000001", "--stage2.lr", "nan", "--mmt.epochs", "0"]) == 2
+    said = capsys.readouterr().err
+    for words in (*wanted, "7 settings", "--upper is 1000000001", "--stage2.lr is nan", "--mmt.epochs is 0"):
+        assert words in said, (words, said)
+    assert pipeline.main(["--config", str(file), "stage2.lr=NaN", "upper=1e999"]) == 2
+    said = capsys.readouterr().err
+    for words in (*wanted, "6 settings", "stage2.lr is nan", "upper is inf"):
+        assert words in said, (words, said)
+    with pytest.raises(DomainMixError) as caught:
+        run(configure(TINY_SETTINGS, {"stage2": {"lr": math.nan}, "mmt.k": 1}, real="world", lower=math.inf, upper=3, seed=math.nan, data=str(tmp_path/"data")))
+    for words in ("4 settings", "stage2.lr is nan", "mmt.k is 1", "lower is inf", "seed is nan"):
+        assert words in str(caught.value), (words, caught.value)
+    assert not (tmp_path/"data").exists()
+    for path in ("epochs", "lr"):    # a saved config that was damaged is still refused where it is opened
+        file.write_text(json.dumps({"stage2": {path: math.inf}}))
+        with pytest.raises(DomainMixError, match=rf"mine.json: stage2.{path} is inf"):
+            settings.load_config(file)
+
+
+@pytest.mark.slow    # installs packages
+def test_the_oldest_and_the_newest_onnxruntime_agree_with_pytorch():
+    import sys
+
+    import onnx_versions    # in tools/
+    code = onnx_versions.main([], sys.executable)
+    if code == 3:
+        pytest.skip("pip installs no onnxruntime here")
+    assert code == 0

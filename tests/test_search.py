@@ -413,3 +413,25 @@ def test_embed_writes_what_is_known(place, said):
 def test_every_command_parses():
     assert parse_command(["search", "--model", "m", "--query", "q", "--gallery", "g"])[1].top == 10
     assert parse_command(["threshold", "--model", "m", "--images", "i"])[1].fmr == .01
+
+
+@pytest.mark.parametrize("flags", [("embed", "--images", "folder:crops", "--out"), ("embed", "--images", "folder:crops", "--deepsort"),
+                                   ("tune", "--images", "folder:crops", "--pattern", NAMES, "--out"), THRESHOLD[:1] + THRESHOLD[3:5] + ("--out",)])
+def test_an_output_that_cannot_be_written_is_found_before_the_work(place, said, monkeypatch, flags):
+    "A folder of the path is a file."
+    (place/"file").write_text("")
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *a, **k: pytest.fail("a network was run"))
+    shutil.copytree("crops", "boxed"), (place/"boxed/boxes.csv").write_text("file,camera,track,frame,left,top,width,height,score\n")
+    flags = tuple(f.replace("folder:crops", "crops:boxed") for f in flags) if "--deepsort" in flags else flags
+    code, _, error = said(*flags, "file/inside/out", "--model", "model.safetensors", "--device", "cpu")
+    assert code == 2 and "file" in error and "folder" in error and "Traceback" not in error, (code, error)
+    assert (place/"file").read_text() == ""
+
+
+def test_odd_names_in_the_terminal(place, said):
+    "A line end in a name, a link to the folder itself: each answer is one line, and the link is not followed."
+    shutil.move("crops/00_c0_0.png", "crops/new\nline.png"), os.symlink(place/"crops", place/"crops/loop")
+    code, out, _ = said(*SEARCH, "--query", "crops/new\nline.png", "--out", "r", "--top", "60")
+    assert code == 0 and "'new\\nline.png'" in out.replace('"', "'") and "new\nline" not in out
+    with open("r/answers.csv", newline="") as f:
+        assert len(list(csv.DictReader(f))) == 47

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORLD_ROLES', 'READ_LISTENERS', 'Split', 'concat_splits', 'Inputs', 'decode_split', 'dataset_bits', 'decode_dataset',
            'split_query_gallery', 'with_true_tracks', 'pattern_of', 'open_dataset', 'check_split', 'check_has_matches',
-           'role_splits', 'reading_aloud', 'tell_read', 'warn_of_same_files', 'read_inputs']
+           'role_splits', 'reading_aloud', 'tell_read', 'same_files', 'warn_of_same_files', 'read_inputs']
 
 # %% ../../nbs/runs/01_inputs.ipynb #a47134e9
 import contextlib
@@ -264,20 +264,28 @@ def _checked_splits(config: RunConfig, role: str, spec: str) -> tuple[dict[str, 
     return splits, dataset_bits(dataset)
 
 # %% ../../nbs/runs/01_inputs.ipynb #2b26daa4
+def same_files(
+    first: Split,
+    second: Split,
+) -> np.ndarray:  # int64 (P, 2), indices into both
+    "The pairs of images of two splits that are the same file."
+    return find_same_files(first.records, first.images, second.records, second.images)
+
+# %% ../../nbs/runs/01_inputs.ipynb #f3225c55
 def warn_of_same_files(
     parts: dict[str, list[Split]],  # the splits that a run reads
 ) -> None:
     "Warn if files of the gallery are also queries, or if files of the test are also in the training."
     test = [p for name in ("query", "gallery") for p in parts.get(name, [])]
     for query, gallery in zip(parts.get("query", []), parts.get("gallery", [])):
-        same = find_same_files(query.records, query.images, gallery.records, gallery.images)
+        same = same_files(query, gallery)
         if len(same):
             n, total = len(set(same[:, 0].tolist())), len(query.records)
             warnings.warn(f"{n:,} of {total:,} query images are also in the gallery, as the same files. A query's own "
                           "file is left out of its answers. For a fair score, put no query into the gallery")
     for role in ("synthetic", "real"):
         for part in parts.get(role, []):
-            pairs = [find_same_files(part.records, part.images, t.records, t.images)[:, 0] for t in test]
+            pairs = [same_files(part, t)[:, 0] for t in test]
             if n := len(set(np.concatenate(pairs).tolist()) if pairs else ()):
                 total = len(part.records)
                 warnings.warn(f"{n:,} of {total:,} {role} images are also in the target, as the same files. "

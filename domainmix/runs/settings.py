@@ -6,9 +6,10 @@
 __all__ = ['RESULT_NEUTRAL', 'PAPER_SETTINGS', 'TRAINING_SECTIONS', 'INHERITED', 'SMALL_STAGE1', 'SMALL_SETTINGS',
            'BACKBONE_SETTINGS', 'METHODS', 'DEFAULT_METHODS', 'SHARE', 'BELOW_ONE', 'COUNT', 'WEIGHT',
            'TRAINING_RANGES', 'WORLD_RANGES', 'RANGES', 'ORDERED', 'MOST_STEPS', 'TINY_DOMAIN', 'TINY_SETTINGS',
-           'META_KEYS', 'InputConfig', 'RunConfig', 'run_folder', 'check_choice', 'backbone_settings', 'configure',
-           'Method', 'check_run_name', 'dataset_specs', 'inherit_settings', 'Range', 'setting_range', 'Fault',
-           'numeric_settings', 'range_faults', 'raise_faults', 'setting_faults', 'validate_config', 'load_config']
+           'META_KEYS', 'InputConfig', 'RunConfig', 'run_folder', 'check_choice', 'backbone_settings',
+           'change_settings', 'configure', 'Method', 'check_run_name', 'dataset_specs', 'inherit_settings', 'Range',
+           'setting_range', 'Fault', 'numeric_settings', 'range_faults', 'raise_faults', 'setting_faults',
+           'validate_config', 'load_config']
 
 # %% ../../nbs/runs/00_settings.ipynb #11d32f2f
 import difflib
@@ -27,7 +28,7 @@ from ..bodies import BackboneConfig, _build_body, _check_body_config
 from ..builtin import BUILTIN, check_builtin_fits
 from ..backbone import _average_map
 from ..spcl import SpCLConfig
-from ..schedule import DomainConfig, TrainConfig
+from ..schedule import DomainConfig, TrainConfig, _keep_nonfinite, _nonfinite
 from ..baselines.labellers import LABELLERS
 from ..baselines.mmt import MMTConfig
 from ..baselines.clustering import PlainConfig
@@ -156,7 +157,15 @@ def backbone_settings(backbone: str) -> dict:
     if backbone.startswith("timm:"): return _paper_backbone(backbone, ibn=False)
     return BACKBONE_SETTINGS[check_choice(backbone, BACKBONE_SETTINGS, "backbone")]
 
-# %% ../../nbs/runs/00_settings.ipynb #2ffecabe
+# %% ../../nbs/runs/00_settings.ipynb #81dca905
+def change_settings(
+    config: RunConfig,
+    changes: dict,  # nested or dotted settings
+) -> RunConfig:
+    "A copy of `config` with `changes`. NaN and infinity are kept: `validate_config` lists them."
+    return with_overrides(*_keep_nonfinite(config, changes))
+
+# %% ../../nbs/runs/00_settings.ipynb #f4b53ac8
 def configure(
     *changes: dict,  # nested or dotted settings; a later one wins
     **more: Any,     # top-level settings, such as real="folder:crops"
@@ -166,7 +175,7 @@ def configure(
     names = [c["backbone"] for c in changes if "backbone" in c]
     name = names[-1] if names else "small"
     config = with_overrides(RunConfig(backbone=name), backbone_settings(name))
-    for c in changes: config = with_overrides(config, c)
+    for c in changes: config = change_settings(config, c)
     return config
 
 # %% ../../nbs/runs/00_settings.ipynb #ea8ab059
@@ -351,7 +360,7 @@ def range_faults(config: Any) -> list[Fault]:
         allowed = setting_range(name)
         if allowed is not None and not all(map(allowed.contains, values)):
             said = values[0] if len(values) == 1 else values
-            faults.append(Fault(f"{flag(name)} is {said}", allowed.words()))
+            faults.append(Fault(f"{flag(name)} is {said!s:.80}", allowed.words()))
     return faults
 
 # %% ../../nbs/runs/00_settings.ipynb #23b4f402
@@ -509,6 +518,7 @@ def _meta_values(values: dict, path: str | Path) -> dict:
 def load_config(
     path: str | Path,            # a JSON file with settings, all or some, nested or dotted, such as a run's config.json
     backbone: str | None = None, # replaces the file's backbone
+    finite: bool = True,         # refuse NaN and infinity here; False: `validate_config` lists them with other faults
 ) -> tuple[RunConfig, dict]:
     "The run that a file describes, and what the file holds besides settings."
     with own_file(path): values = load_json(path)
@@ -518,6 +528,8 @@ def load_config(
     settings = {k: v for k, v in values.items() if k not in META_KEYS}
     try: config = configure(settings, other)
     except DomainMixError as e: raise e.with_message(f"{path}: {e.what}") from e
+    for name, value in numeric_settings(config).items() if finite else ():
+        if _nonfinite(value): raise DomainMixError(f"{path}: {name} is {value[0]!s:.80}", "give finite numbers")
     if other and config.net.name != backbone:  # a run's config.json holds every setting of its own backbone
         raise DomainMixError(
             f"{path} has all settings of the backbone {config.net.name!r}, but {backbone!r} was requested",

@@ -178,8 +178,9 @@ def _draw_answers(r: Results):
     query, gallery, last = r.load_split("query"), r.load_split("gallery"), r.last_networks()[-1]
     q, g = query.records, gallery.records
     sides = r.features(last, "query"), r.features(last, "gallery"), q.pid, g.pid, q.camera, g.camera
-    ap = rank(*sides).average_precision
-    return ranking_gallery(query.images, gallery.images, ranked_list(*sides), q.pid, q.camera, g.camera, ap)
+    own = r.own_files()
+    ap, answers = rank(*sides, own=own).average_precision, ranked_list(*sides, own=own)
+    return ranking_gallery(query.images, gallery.images, answers, q.pid, q.camera, g.camera, ap)
 
 # %% ../../nbs/views/07_report.ipynb #b82b5fda
 def _losses_figure(r: Results):

@@ -28,7 +28,7 @@ from ..images import normalise
 from ..pseudolabel import PseudoLabels, load_labels
 from ..runs.folder import Stage
 from ..runs.history import find_run
-from ..runs.inputs import Inputs, Split, read_inputs
+from ..runs.inputs import Inputs, Split, read_inputs, same_files
 from ..runs.pipeline import plan_stages, run
 from domainmix.runs.settings import (
     METHODS, RunConfig, configure, dataset_specs, load_config, run_folder, validate_config,
@@ -368,6 +368,10 @@ class Results(RunFolder):
         if (stage, split) not in cache:
             cache[stage, split] = network_features(self, stage, split, self.load_split(split))
         return cache[stage, split]
+
+    def own_files(self) -> np.ndarray:
+        "The pairs (P, 2) of a query and a gallery image that are the same file: no answers."
+        return same_files(self.load_split("query"), self.load_split("gallery"))
 
     def labelling_stage(self) -> StageFolder: return first_labelling_stage(self)
     def labels(self, refined: bool = True, stage: str | None = None): return run_labels(self, refined, stage)

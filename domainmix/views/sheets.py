@@ -456,8 +456,9 @@ def _ranking_rows(results, n, top) -> list[SheetRow]:
     last = results.last_networks()[-1]
     q, g = query.records, gallery.records
     both = results.features(last, "query"), results.features(last, "gallery"), q.pid, g.pid, q.camera, g.camera
-    answers = ranked_list(*both, topk=top, with_junk=False)
-    chosen = queries_by_ap(rank(*both).average_precision, n)
+    own = results.own_files()
+    answers = ranked_list(*both, topk=top, with_junk=False, own=own)
+    chosen = queries_by_ap(rank(*both, own=own).average_precision, n)
     return [_ranking_row(i, "", query.images, gallery.images, answers, None, None, top) for i in chosen]
 
 # %% ../../nbs/views/01_sheets.ipynb #be7bc98e

@@ -27,6 +27,7 @@ from ..evaluation import RankedList, rank, ranked_list
 from ..jaccard import jaccard_graph
 from ..knn import camera_centre, knn
 from ..pseudolabel import ClusterConfig, cluster_graph, label_quality, refine, reliable_labels
+from ..runs.inputs import same_files
 from .charts import cluster_sizes
 from .figures import colours, encode_figure
 from .maps import embedding_plots, project_2d
@@ -406,11 +407,13 @@ def answers_by_network(
     q, g,                        # records of the queries and of the gallery
     rows: np.ndarray,            # the gallery rows that may be answers
     top: int,
+    own: np.ndarray,             # int (P, 2): a query, and a gallery row that is the same file
 ) -> RankedList:                 # one row per network
     "The answers of every network to one query."
-    one = slice(i, i + 1)
+    one, own_rows = slice(i, i + 1), np.flatnonzero(np.isin(rows, own[own[:, 0] == i, 1]))
+    own = np.stack([np.zeros_like(own_rows), own_rows], 1)
     found = [
-        ranked_list(fq[one], fg[rows], q.pid[one], g.pid[rows], q.camera[one], g.camera[rows], top)
+        ranked_list(fq[one], fg[rows], q.pid[one], g.pid[rows], q.camera[one], g.camera[rows], top, own=own)
         for fq, fg in features.values()
     ]
     return RankedList(*(np.concatenate([getattr(f, k) for f in found]) for k in ("index", "similarity", "flag")))
@@ -421,8 +424,8 @@ class Retrieval(View):
     def __init__(self, features: dict[str, tuple], query, gallery, top: int = 10):
         super().__init__()
         self.features, self.query, self.gallery, self.top = features, query, gallery, top
-        q, g, w = query.records, gallery.records, import_ipywidgets()
-        ranks = {t: rank(*f, q.pid, g.pid, q.camera, g.camera) for t, f in features.items()}
+        q, g, w, self.own = query.records, gallery.records, import_ipywidgets(), same_files(query, gallery)
+        ranks = {t: rank(*f, q.pid, g.pid, q.camera, g.camera, own=self.own) for t, f in features.items()}
         self.ap = {t: np.asarray(found.average_precision) for t, found in ranks.items()}
         self.by = w.Dropdown(options=list(features), value=list(features)[-1])
         self.place = w.IntSlider(1, min=1, max=len(q), continuous_update=False)
@@ -447,7 +450,7 @@ def retrieval_figure(view: Retrieval):
     "One row per network: the query and its answers."
     i, q, g = view.query_index, view.query.records, view.gallery.records
     rows = np.flatnonzero(g.camera == view.camera.value) if view.camera.value >= 0 else np.arange(len(g))
-    answers = answers_by_network(view.features, i, q, g, rows, view.top)
+    answers = answers_by_network(view.features, i, q, g, rows, view.top, view.own)
     same = [i] * len(view.features)
     return ranking_gallery(
         view.query.images[same], view.gallery.images[rows], answers, q.pid[same], q.camera[same], g.camera[rows],
