@@ -35,7 +35,7 @@ setup(
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["*.safetensors"]},  # the parts of people, learned by nbs/15_parsing.ipynb
+    package_data={cfg["lib_path"]: ["*.safetensors"]},  # learned from drawn people: nbs/17_body_parts.ipynb, nbs/23_builtin.ipynb
     python_requires=">=" + cfg["min_python"],
     install_requires=words("requirements"),
     extras_require={

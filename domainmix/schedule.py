@@ -7,15 +7,14 @@ __all__ = ['lr_schedule', 'set_lr', 'TrainSchedule', 'TrainConfig', 'DomainConfi
            'length_obstacle']
 
 # %% ../nbs/27_schedule.ipynb #2b2fefba
-import typing
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from .batches import AugmentConfig
-from .core import DomainMixError, _field_types, later_setting
+from .core import DomainMixError, later_setting
 
 # %% ../nbs/27_schedule.ipynb #2b4a4a8a
 def lr_schedule(
@@ -63,35 +62,6 @@ class TrainSchedule:
     schedule: Literal["step", "cosine"] = "step"  # step: lr falls at the milestones; cosine: it falls to 0
     milestones: tuple[int, ...] = (10, 15)  # with schedule step: lr is divided by 10 after these epochs
     warmup: float = 0.                   # epochs at the start in which lr increases linearly
-
-# %% ../nbs/27_schedule.ipynb #b3ef398e
-def _nonfinite(value: Any) -> bool:
-    "Is it a number that is NaN, infinite or too large, or a list of numbers with such a one?"
-    values = value if isinstance(value, (list, tuple)) else [value]
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-    return numbers and not all(abs(v) < 1e300 for v in values)
-
-# %% ../nbs/27_schedule.ipynb #6d242041
-def _takes_numbers(hint: Any) -> bool:
-    "Is a setting of this type a number, or several?"
-    return hint in (int, float) or any(map(_takes_numbers, typing.get_args(hint)))
-
-# %% ../nbs/27_schedule.ipynb #1cc0ca7f
-def _keep_nonfinite(config: Any, changes: dict) -> tuple[Any, dict]:
-    "The config with those numbers of `changes` that are NaN or infinite, and the other changes."
-    others, hints = {}, _field_types(type(config))
-    for key, value in changes.items():
-        head, _, rest = str(key).partition(".")
-        old, size = getattr(config, head, None), len(value) if isinstance(value, (list, tuple)) else 0
-        if head in hints and is_dataclass(old) and (rest or isinstance(value, dict)):
-            new, left = _keep_nonfinite(old, {rest: value} if rest else value)
-            config = replace(config, **{head: new})
-            if left: others[key] = left[rest] if rest else left
-        elif not rest and head in hints and _takes_numbers(hints[head]) and _nonfinite(value) and (
-                not size or isinstance(old, tuple) and size == len(old)):
-            config = replace(config, **{head: tuple(value) if size else value})
-        else: others[key] = value
-    return config, others
 
 # %% ../nbs/27_schedule.ipynb #5c8a51a5
 @dataclass

@@ -23,7 +23,7 @@ from domainmix.bodies import BackboneConfig, resnet50_body
 from domainmix.cli import given_settings, main
 from domainmix.commands import COMMANDS, RunCommand
 from domainmix.core import CommandLine, DomainMixError, command_line, setting_names, with_overrides
-from domainmix.runs import settings
+from domainmix.runs import ranges, settings
 from domainmix.runs.pipeline import run
 from domainmix.runs.settings import TINY_SETTINGS, configure
 from domainmix.files import load_weights, weights_metadata
@@ -159,7 +159,7 @@ def test_a_bad_number_in_any_setting_is_refused_before_anything_is_read(monkeypa
         for name in settings.numeric_settings(base):
             for value in BAD:
                 find = settings.setting_faults if value == -1 else settings.range_faults    # the first takes longer
-                faults, allowed, seen = find(set_setting(base, name, value)), settings.setting_range(name), seen + 1
+                faults, allowed, seen = find(set_setting(base, name, value)), ranges.setting_range(name), seen + 1
                 if not math.isfinite(value) or abs(value) > 1e11 and name != "world.seed" and name != "seed":
                     assert faults, (name, value)
                 if not allowed.contains(value):
@@ -185,7 +185,7 @@ def test_the_numbers_of_the_help_are_those_of_the_table(capsys):
         main(["run", "--help"])
     named = set(re.findall(r"(--[\w.-]+) (?:\{?None[|,])?(?:INT|FLOAT)", capsys.readouterr().out))
     assert len(named) > 100
-    missing = [n for n in named if not settings.setting_range(n[2:].replace("-", "_"))]
+    missing = [n for n in named if not ranges.setting_range(n[2:].replace("-", "_"))]
     assert not missing, missing
 
 

@@ -22,8 +22,9 @@ from ..files import Log, load_json, locked, save_json, wrap_read_errors
 from ..builtin import BUILTIN, builtin_file
 from ..distributed import call_on_rank0, init_distributed
 from ..pseudolabel import label_quality, load_labels
+from .ranges import Fault, raise_faults
 from domainmix.runs.settings import (
-    METHODS, RESULT_NEUTRAL, Fault, RunConfig, check_choice, raise_faults, run_folder, validate_config,
+    METHODS, RESULT_NEUTRAL, RunConfig, check_choice, run_folder, validate_config,
 )
 from .inputs import Inputs, Split, read_inputs
 from .folder import Stage, config_record, prepare_run_folder, run_stage

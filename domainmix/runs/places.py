@@ -177,8 +177,9 @@ def places_text(
         return percent_text(mean_and_std(r[key] for r in cells[column] if r["method"] == m and r[key] is not None))
     titles = [f"{task}: {site}" for task, site in columns]
     table = [["mAP", *titles], *([METHODS[m].title, *(score(c, m) for c in columns)] for m in methods)]
-    gains = [["gain over Only A", *titles], *([METHODS[m].title, *(_gain_text(place_gain(cells[c], m, key)) for c in columns)]
-                                             for m in methods if m != "only-a")]
+    def gain(column, m): return _gain_text(place_gain(cells[column], m, key))
+    others = [m for m in methods if m != "only-a"]
+    gains = [["gain over Only A", *titles], *([METHODS[m].title, *(gain(c, m) for c in columns)] for m in others)]
     n = len({r["seed"] for r in rows})
     note = (f"per cent, people for {part}ing; mean ± standard deviation over {n} seeds; gains: mean ± standard error, "
             "* more than two standard errors")

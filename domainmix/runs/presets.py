@@ -102,7 +102,8 @@ def parse_preset(name: str) -> tuple[str, str, str]:
     worlds = {"world": "domainmix-db", **{f"world-{m}": m for m in METHODS}}
     if name in worlds: return "world", "", worlds[name]
     if name in SIZES:
-        raise DomainMixError(f"{name} is a size of the network, not an experiment", "give it as --preset to run or table")
+        raise DomainMixError(f"{name} is a size of the network, not an experiment",
+                             f"give it as {flag('preset')} to run or table")
     presets = _paper_presets()
     return presets[check_choice(name, [*presets, *worlds, *SIZES], "preset")]
 

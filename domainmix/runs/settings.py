@@ -4,20 +4,18 @@
 
 # %% auto #0
 __all__ = ['RESULT_NEUTRAL', 'PAPER_SETTINGS', 'TRAINING_SECTIONS', 'INHERITED', 'SMALL_STAGE1', 'SMALL_SETTINGS',
-           'BACKBONE_SETTINGS', 'METHODS', 'DEFAULT_METHODS', 'SHARE', 'BELOW_ONE', 'COUNT', 'WEIGHT',
-           'TRAINING_RANGES', 'WORLD_RANGES', 'RANGES', 'ORDERED', 'MOST_STEPS', 'TINY_DOMAIN', 'TINY_SETTINGS',
+           'BACKBONE_SETTINGS', 'METHODS', 'DEFAULT_METHODS', 'ORDERED', 'MOST_STEPS', 'TINY_DOMAIN', 'TINY_SETTINGS',
            'META_KEYS', 'InputConfig', 'RunConfig', 'run_folder', 'check_choice', 'backbone_settings',
-           'change_settings', 'configure', 'Method', 'check_run_name', 'dataset_specs', 'inherit_settings', 'Range',
-           'setting_range', 'Fault', 'numeric_settings', 'range_faults', 'raise_faults', 'setting_faults',
-           'validate_config', 'load_config']
+           'change_settings', 'configure', 'Method', 'check_run_name', 'dataset_specs', 'inherit_settings',
+           'setting_faults', 'validate_config', 'load_config']
 
 # %% ../../nbs/runs/00_settings.ipynb #11d32f2f
 import difflib
 import importlib.util
 import os
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Literal, NamedTuple
+from typing import Any, Callable, Iterable, Literal
 
 import torch
 
@@ -28,10 +26,11 @@ from ..bodies import BackboneConfig, _build_body, _check_body_config
 from ..builtin import BUILTIN, check_builtin_fits
 from ..backbone import _average_map
 from ..spcl import SpCLConfig
-from ..schedule import DomainConfig, TrainConfig, _keep_nonfinite, _nonfinite
+from ..schedule import DomainConfig, TrainConfig
 from ..baselines.labellers import LABELLERS
 from ..baselines.mmt import MMTConfig
 from ..baselines.clustering import PlainConfig
+from .ranges import Fault, _keep_nonfinite, _nonfinite, numeric_settings, raise_faults, range_faults
 
 # %% ../../nbs/runs/00_settings.ipynb #2c4dbed2
 @dataclass
@@ -272,97 +271,6 @@ def _check_real_sets(config: RunConfig) -> None:
             f"give {flag('real')} folder:DIR (or market1501:DIR, ..., world), or {flag('method')} only-a",
         )
 
-# %% ../../nbs/runs/00_settings.ipynb #a334da5c
-class Range(NamedTuple):
-    "The values that a number may have."
-    low: float
-    high: float
-    open_low: bool = False    # is `low` itself not allowed?
-    open_high: bool = False   # is `high` itself not allowed?
-
-    def contains(self, value: float) -> bool:
-        "Is `value` in the range? NaN and infinity are in none."
-        low = value > self.low if self.open_low else value >= self.low
-        return low and (value < self.high if self.open_high else value <= self.high)
-
-    def words(self) -> str:
-        "What to give instead."
-        low, high = (f"{v:,}".replace(",", "") for v in (self.low, self.high))
-        return f"give a number {'above' if self.open_low else 'from'} {low} to {'below ' * self.open_high}{high}"
-
-# %% ../../nbs/runs/00_settings.ipynb #e287e308
-SHARE, BELOW_ONE, COUNT, WEIGHT = Range(0, 1), Range(0, 1, open_high=True), Range(1, 10**6), Range(0, 10**6)
-TRAINING_RANGES = {
-    "epochs": Range(1, 10**5), "pretrain.epochs": Range(0, 10**5), "iterations": COUNT,
-    "p": Range(2, 4096), "spcl.p": Range(1, 4096), "k": Range(2, 4096), "spcl.k": Range(1, 4096),
-    "lr": Range(0, 10, True), "disc_lr": Range(0, 10, True), "weight_decay": Range(0, 10),
-    "milestones": Range(0, 10**5), "warmup": Range(0, 10**5), "lambda_id": WEIGHT, "lambda_m": WEIGHT,
-    "smoothing": BELOW_ONE, "temperature": Range(0, 1000, True), "margin": Range(0, 1000), "ema": BELOW_ONE,
-    "mmt.ema": Range(0, 1, True, True),
-    "samples_per_bn": Range(2, 10**5), "ratio": COUNT, "momentum": SHARE, "soft_id": SHARE, "soft_triplet": SHARE,
-    "cluster.k1": Range(2, 10**4), "cluster.k2": Range(1, 10**4), "cluster.eps": Range(0, 1, True, True),
-    "cluster.eps_gap": BELOW_ONE, "cluster.min_samples": Range(1, 10**5),
-    "augment.flip": SHARE, "augment.erase": SHARE, "augment.pad": Range(0, 4096),
-    "augment.erase_area": Range(0, 1, True), "augment.erase_aspect": Range(0, 1000, True),
-}
-
-# %% ../../nbs/runs/00_settings.ipynb #65ac62f3
-WORLD_RANGES = {
-    "world.seed": Range(-2**63, 2**63), "held_out": BELOW_ONE,
-    "world.height": Range(16, 4096), "world.width": Range(8, 4096),
-    "ids": COUNT, "cameras": Range(1, 10**4), "scenes": Range(1, 10**4), "cameras_per_id": Range(1, 10**4),
-    "images_per_camera": Range(1, 10**4), "blur": Range(-100, 100),
-    **dict.fromkeys(("passers_by", "summer", "matching", "look_alikes", "saturation_loss", "occluder", "clutter",
-                     "bystanders"), SHARE),
-    **dict.fromkeys(("exposure", "cast", "gamma", "noise", "vignette", "light", "crop"), Range(0, 100)),
-}
-RANGES = {
-    "seed": Range(-2**63, 2**63), "height": Range(1, 4096), "width": Range(1, 4096),
-    "lower": COUNT, "upper": Range(1, 10**9), "net.width": Range(8, 512), "net.stripes": Range(1, 256),
-    "net.last_stride": Range(1, 2), **TRAINING_RANGES, **WORLD_RANGES,
-}
-
-# %% ../../nbs/runs/00_settings.ipynb #d591f47a
-def setting_range(
-    name: str,      # dotted, such as stage2.lr
-) -> Range | None:  # None: it is no number
-    "The range of a setting."
-    parts = name.split(".")
-    return next((RANGES[end] for i in range(len(parts)) if (end := ".".join(parts[i:])) in RANGES), None)
-
-# %% ../../nbs/runs/00_settings.ipynb #86fc8360
-class Fault(NamedTuple):
-    "A setting that cannot be used."
-    what: str
-    remedy: str
-
-# %% ../../nbs/runs/00_settings.ipynb #79af56c9
-def numeric_settings(
-    config: Any,       # a dataclass instance, nested
-    prefix: str = "",  # of the names
-) -> dict[str, tuple]:
-    "The numbers of every numeric setting that has a value, by its dotted name."
-    found = {}
-    for field_ in fields(config):
-        name, value = prefix + field_.name, getattr(config, field_.name)
-        if is_dataclass(value):
-            found |= numeric_settings(value, name + ".")
-        values = value if isinstance(value, (tuple, list)) else (value,)
-        if values and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-            found[name] = tuple(values)
-    return found
-
-# %% ../../nbs/runs/00_settings.ipynb #76caf524
-def range_faults(config: Any) -> list[Fault]:
-    "The numbers that are outside of their range."
-    faults = []
-    for name, values in numeric_settings(config).items():
-        allowed = setting_range(name)
-        if allowed is not None and not all(map(allowed.contains, values)):
-            said = values[0] if len(values) == 1 else values
-            faults.append(Fault(f"{flag(name)} is {said!s:.80}", allowed.words()))
-    return faults
-
 # %% ../../nbs/runs/00_settings.ipynb #23b4f402
 ORDERED = ("erase_area", "erase_aspect", "cameras_per_id", "images_per_camera", "blur")   # pairs: the least, the most
 
@@ -434,17 +342,8 @@ def _weights_faults(config: RunConfig) -> list[Fault]:
     weights = config.net.weights
     if weights == BUILTIN: return _caught(check_builtin_fits, config.net, config.height, config.width)
     if weights in ("none", "imagenet") or os.path.isfile(weights): return []
-    said = f"{flag('net.weights')} is {weights!r:.80}, and there is no such file"
-    return [Fault(said, "give none, builtin, imagenet, or a file")]
-
-# %% ../../nbs/runs/00_settings.ipynb #0e119889
-def raise_faults(faults: list[Fault]) -> None:
-    "One error for all faults; nothing if there is none."
-    if len(faults) == 1: raise DomainMixError(*faults[0])
-    if faults:
-        lines = "\n     ".join(f"{what}: {remedy}" for what, remedy in faults)
-        said = f"{len(faults)} settings cannot be used:\n     {lines}"
-        raise DomainMixError(said, "correct them; nothing was trained")
+    return [Fault(f"{flag('net.weights')} is {weights!r:.80}, and there is no such file",
+                  "give none, builtin, imagenet, or a file")]
 
 # %% ../../nbs/runs/00_settings.ipynb #8b747816
 def _caught(check: Callable, *arguments: Any) -> list[Fault]:

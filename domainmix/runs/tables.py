@@ -24,9 +24,10 @@ from ..distributed import call_on_rank0, init_distributed
 from ..schedule import DomainConfig
 from ..baselines.labellers import LABELLERS
 from domainmix.runs.settings import (
-    DEFAULT_METHODS, METHODS, RunConfig, check_choice, check_run_name, configure, inherit_settings, raise_faults,
-    run_folder, validate_config,
+    DEFAULT_METHODS, METHODS, RunConfig, check_choice, check_run_name, configure, inherit_settings, run_folder,
+    validate_config,
 )
+from .ranges import raise_faults
 from domainmix.runs.presets import (
     BACKBONES, PAPER_SCORES, TABLE1_LABELLERS, TABLE1_METHODS, TASKS, _preset_name, check_datasets_exist, parse_preset,
     preset_settings,
