@@ -8,7 +8,6 @@ __all__ = ['JSON_KEYS', 'LISTS_OF_BOXES', 'Boxes', 'boxes_from_rows', 'read_mot'
            'covering_tracks']
 
 # %% ../nbs/18_boxes.ipynb #bdbc14c2
-import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ class Boxes:
     score: np.ndarray   # float64 (N,), the confidence of the detector; NaN where the file has none
     kind: np.ndarray    # str (N,), the class; "" where the file has none
     source: str = ""    # the file
-    names: dict = dataclasses.field(default_factory=dict)  # frame -> name of its image, where the file gives names
 
     def __len__(self):
         return len(self.frame)
@@ -38,19 +36,18 @@ class Boxes:
     def __getitem__(self, rows: np.ndarray) -> "Boxes":
         "Some of the rows: a mask, or an array of row numbers."
         columns = (getattr(self, c)[rows] for c in ("frame", "track", "box", "score", "kind"))
-        return Boxes(*columns, self.source, self.names)
+        return Boxes(*columns, self.source)
 
 # %% ../nbs/18_boxes.ipynb #92627ac7
 def boxes_from_rows(
     rows: list[tuple],  # (frame, track, left, top, width, height, score, class) of each box
     source: str = "",   # the file, for messages
-    names: dict | None = None,  # frame -> name of its image
 ) -> Boxes:
     "The table of these boxes."
     frame, track, *box, score, kind = zip(*rows) if rows else [()]*8
     box = np.array(box, np.float64).reshape(4, -1).T
     return Boxes(np.array(frame, np.int64), np.array(track, np.int64), box, np.array(score, np.float64),
-                 np.array(kind, str), str(source), names or {})
+                 np.array(kind, str), str(source))
 
 # %% ../nbs/18_boxes.ipynb #418c69bc
 def _line_of_mot(cells: list[str]) -> tuple:
@@ -223,7 +220,7 @@ def read_json_boxes(
             rows.append(_row_of_item(item, frame, names))
         except (ValueError, TypeError, OverflowError) as e:
             raise DomainMixError(f"box {i} of {printable(file)}: {printable(str(e)[:120])}", remedy) from e
-    return boxes_from_rows(tracks_from_ids(rows, [item for _, item in items]), file, names)
+    return boxes_from_rows(tracks_from_ids(rows, [item for _, item in items]), file)
 
 # %% ../nbs/18_boxes.ipynb #2d13d531
 def read_boxes(

@@ -79,6 +79,15 @@ def test_crops_are_slices_of_the_frames(tmp_path, frames):
         assert sorted(zip(found.frame.tolist(), found.track.tolist())) == sorted(r[:2] for r in ROWS)
 
 
+def test_frames_of_sixteen_bits_are_scaled_alike(tmp_path):
+    "A dark frame stays dark beside a bright one."
+    for number, value in ((1, 65535), (2, 2**12)):
+        (tmp_path/"frames").mkdir(exist_ok=True)
+        Image.fromarray(np.full((40, 60), value, np.uint16)).save(tmp_path/f"frames/{number:06d}.png")
+    crop(tmp_path/"frames", mot(tmp_path/"gt.txt", [(1, 1, 5, 5, 10, 20), (2, 1, 5, 5, 10, 20)]), tmp_path/"out", image_format="png")
+    assert [int(pixels(tmp_path/"out", crop_name(0, 1, f, suffix=".png")).max()) for f in (1, 2)] == [255, 16]
+
+
 def test_numbers_that_do_not_fit(tmp_path, frames):
     folder, gt = folder_of(tmp_path/"from0", frames, 0), mot(tmp_path/"gt.txt", ROWS)
     expect_error(lambda: crop(folder, gt, tmp_path/"out"), "0 to 11", "1 to 12", "--first-frame")
