@@ -1606,6 +1606,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                                                                  'domainmix/runs/settings.py'),
                                          'domainmix.runs.settings.setting_faults': ( 'runs/settings.html#setting_faults',
                                                                                      'domainmix/runs/settings.py'),
+                                         'domainmix.runs.settings.starting_weights': ( 'runs/settings.html#starting_weights',
+                                                                                       'domainmix/runs/settings.py'),
                                          'domainmix.runs.settings.validate_config': ( 'runs/settings.html#validate_config',
                                                                                       'domainmix/runs/settings.py')},
             'domainmix.runs.stages': { 'domainmix.runs.stages._image_size': ('runs/stages.html#_image_size', 'domainmix/runs/stages.py'),

@@ -209,7 +209,7 @@ def build_backbone(
     "The network that `config` describes."
     averages, weights = (len(FEATURE_PARTS), PART_WEIGHTS) if config.parts else (config.stripes, None)
     net = ReIDNet(*_build_views(config, seed), averages, 1 + (config.view == "both"), weights)
-    if config.weights != "none":
+    if config.weights not in ("none", "auto"):   # a run replaces auto before it builds a network
         load_published(net, config)
     return net.to(memory_format=torch.channels_last)
 

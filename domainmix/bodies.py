@@ -187,7 +187,7 @@ class BackboneConfig:
     stripes: int = 4         # horizontal stripes whose averages make the feature, without parts; 1: one global average
     ibn: bool = True         # small: instance and batch norm together (IBN) in the first three stages
     last_stride: int = 1     # small and resnet50: stride of the last stage; 1 keeps the map tall
-    weights: str = "none"    # initial weights: none, builtin, imagenet, or a file (.safetensors or .pth)
+    weights: str = "none"    # initial weights: none, builtin, auto (builtin where it fits), imagenet, or a file
     view: Literal["whole", "person", "both"] = "whole"  # input: whole image, person cut out, or both (two bodies)
     parts: bool = False      # give the network maps of the body parts, and average over these in place of stripes
     tokens: Literal["mean", "class"] = later_setting("mean")   # timm's vision transformers: mean of all, or the first

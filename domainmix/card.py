@@ -57,7 +57,7 @@ def public_settings(
 ) -> dict:
     "The settings that decide a run's outcome, without paths."
     settings = {k: v for k, v in to_dict(config).items() if k not in (*RESULT_NEUTRAL, *META_KEYS)}
-    if settings["net"]["weights"] not in ("none", BUILTIN, "imagenet"):
+    if settings["net"]["weights"] not in ("none", "auto", BUILTIN, "imagenet"):
         settings["net"]["weights"] = REDACTED
     return without_paths(settings)
 
@@ -106,7 +106,7 @@ def card_licence(
         sets.append({"layout": "imagenet", "name": "ImageNet", "terms": DATASET_TERMS["imagenet"]})
     elif config.net.weights == BUILTIN:
         sets.append({"layout": "world", "name": "the network in the package", "terms": DATASET_TERMS["world"]})
-    elif config.net.weights != "none":
+    elif config.net.weights not in ("none", "auto"):
         terms = "unknown: see where the file came from"
         sets.append({"layout": "file", "name": "weights of a file", "terms": terms})
     return {**licence, "trained_on": {s["name"]: s["terms"] for s in sets},

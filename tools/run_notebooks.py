@@ -92,9 +92,9 @@ def save_thumbnail(path, nb):
 
 
 def make_example():
-    "Train the run that the companions show, or what is missing of it."
+    "Train the run that the companions show, or what is missing of it; it has a stage 0 of its own."
     sets = ["--synthetic", "world", "--real", "world", "--target", "world"]
-    command = [sys.executable, "-m", "domainmix.cli", "run", *sets, "--run", EXAMPLE, "--data", str(ROOT / "data")]
+    command = [sys.executable, "-m", "domainmix.cli", "run", *sets, "--net.weights", "none", "--run", EXAMPLE, "--data", str(ROOT / "data")]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
 
 

@@ -70,7 +70,7 @@ def _plan_stage0(planner: RunPlanner) -> Stage:
     config, inputs = planner.config, planner.inputs
     synthetic = METHODS[config.method].synthetic
     settings = {"net": config.net, "weights": pretrained_key(config),
-                "pretrain": config.pretrain if config.net.weights == "none" else None}
+                "pretrain": config.pretrain if config.net.weights in ("none", "auto") else None}
     if not synthetic: settings["b"] = inputs.real.key
     make = lambda folder, log: stage0(config, inputs, folder, log)
     return planner.new_stage("stage0", "" if synthetic else "real", make, settings, section="pretrain")
@@ -305,7 +305,7 @@ def _synthetic_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
     "Stages 0 and 1 with more identities in a batch than A has."
     if inputs.synthetic is None or not METHODS[config.method].synthetic: return []
     there, faults = _count_identities(inputs.synthetic), []
-    if config.net.weights == "none" and config.pretrain.epochs:
+    if config.net.weights in ("none", "auto") and config.pretrain.epochs:
         faults += _too_few(config, "pretrain", config.pretrain.p, there, "A")
     if _needs_stage1(config) and config.labeller == "spcl" and config.spcl.synthetic:
         faults += _too_few(config, "spcl", config.spcl.p, there, "A")

@@ -7,7 +7,7 @@ __all__ = ['RESULT_NEUTRAL', 'PAPER_SETTINGS', 'TRAINING_SECTIONS', 'INHERITED',
            'BACKBONE_SETTINGS', 'METHODS', 'DEFAULT_METHODS', 'ORDERED', 'MOST_STEPS', 'TINY_DOMAIN', 'TINY_SETTINGS',
            'META_KEYS', 'InputConfig', 'RunConfig', 'run_folder', 'check_choice', 'backbone_settings',
            'change_settings', 'configure', 'Method', 'check_run_name', 'dataset_specs', 'inherit_settings',
-           'setting_faults', 'validate_config', 'load_config']
+           'setting_faults', 'starting_weights', 'validate_config', 'load_config']
 
 # %% ../../nbs/runs/00_settings.ipynb #11d32f2f
 import difflib
@@ -23,7 +23,7 @@ from ..core import DomainMixError, flag, later_setting, pick_device, with_overri
 from ..files import load_json, own_file
 from ..world import WorldConfig
 from ..bodies import BackboneConfig, _build_body, _check_body_config
-from ..builtin import BUILTIN, check_builtin_fits
+from ..builtin import BUILTIN, builtin_differences, check_builtin_fits
 from ..backbone import _average_map
 from ..spcl import SpCLConfig
 from ..schedule import DomainConfig, TrainConfig
@@ -103,7 +103,7 @@ SMALL_STAGE1 = {
 
 # %% ../../nbs/runs/00_settings.ipynb #3b50b346
 SMALL_SETTINGS = {
-    "net": {"width": 24, "stripes": 8, "view": "both", "parts": True},
+    "net": {"width": 24, "stripes": 8, "view": "both", "parts": True, "weights": "auto"},
     "start": "stage1", "flip": True, "feature": "raw",
     **{f"{stage}.augment.erase": 0. for stage in TRAINING_SECTIONS},
     "pretrain": {"epochs": 9, "iterations": 100, "lr": 2e-3, "schedule": "cosine", "lambda_id": 1.0, "warmup": 0.5,
@@ -341,9 +341,9 @@ def _weights_faults(config: RunConfig) -> list[Fault]:
     "A file of weights that does not exist, or the built-in network where it does not fit."
     weights = config.net.weights
     if weights == BUILTIN: return _caught(check_builtin_fits, config.net, config.height, config.width)
-    if weights in ("none", "imagenet") or os.path.isfile(weights): return []
+    if weights in ("none", "auto", "imagenet") or os.path.isfile(weights): return []
     return [Fault(f"{flag('net.weights')} is {weights!r:.80}, and there is no such file",
-                  "give none, builtin, imagenet, or a file")]
+                  "give none, builtin, auto, imagenet, or a file")]
 
 # %% ../../nbs/runs/00_settings.ipynb #8b747816
 def _caught(check: Callable, *arguments: Any) -> list[Fault]:
@@ -370,6 +370,13 @@ def setting_faults(
     if not outside: faults += _caught(_check_body_config, config.net) or _image_size_faults(config)
     return faults
 
+# %% ../../nbs/runs/00_settings.ipynb #24583bff
+def starting_weights(config: RunConfig) -> str:
+    "`net.weights`; in place of auto, builtin where the network in the package fits, else none."
+    if config.net.weights != "auto": return config.net.weights
+    fits = METHODS[config.method].synthetic and not builtin_differences(config.net, config.height, config.width)
+    return BUILTIN if fits else "none"
+
 # %% ../../nbs/runs/00_settings.ipynb #13d71ac8
 def validate_config(
     config: RunConfig,  # as a person gave it
@@ -379,7 +386,8 @@ def validate_config(
     method = METHODS[check_choice(config.method, METHODS, "method")]
     raise_faults(setting_faults(config))
     labeller = method.labeller or config.labeller
-    filled_in = {"labeller": labeller, "stage3.loss": method.loss or config.stage3.loss}
+    filled_in = {"labeller": labeller, "stage3.loss": method.loss or config.stage3.loss,
+                 "net.weights": starting_weights(config)}
     return with_overrides(inherit_settings(config), filled_in)
 
 # %% ../../nbs/runs/00_settings.ipynb #6a58af63
@@ -387,7 +395,8 @@ TINY_DOMAIN = {
     "ids": 10, "cameras": 2, "cameras_per_id": [2, 2], "images_per_camera": [3, 3], "scenes": 1, "passers_by": 0.0,
 }
 TINY_SETTINGS = {
-    "height": 32, "width": 16, "net": {"width": 8, "stripes": 2, "view": "whole", "parts": False}, "lower": 2,
+    "height": 32, "width": 16, "net": {"width": 8, "stripes": 2, "view": "whole", "parts": False, "weights": "none"},
+    "lower": 2,
     **{s: {"epochs": 2, "iterations": 3, "p": 4, "k": 2} for s in TRAINING_SECTIONS},
     "world": {"height": 32, "width": 16, "held_out": 0.0, "a": TINY_DOMAIN, "b": TINY_DOMAIN, "c": TINY_DOMAIN},
 }

@@ -102,7 +102,7 @@ def stage0(
 ) -> Path:
     "A -> a network trained on A; for the method Only B, the same with B."
     net = initial_net(config)
-    if config.net.weights == "none" and config.pretrain.epochs:
+    if config.net.weights in ("none", "auto") and config.pretrain.epochs:
         if METHODS[config.method].synthetic: data = train_set(inputs.synthetic.images, inputs.synthetic.records)
         else: data = mixed_train_set(config, inputs, None)
         net = train(
