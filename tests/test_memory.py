@@ -49,6 +49,16 @@ def run_loops(folder: Path, *parts: str, root: Path = ROOT) -> subprocess.Comple
     return run_code(code, LOOPS, *parts, cwd=root, env={"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(folder)}, limit=600)
 
 
+def test_compiled_loops_run_with_checked_bounds(tmp_path):
+    "Those of scores and augmentation; the loops of clusters are in the longer test."
+    done = run_loops(tmp_path, "rankings", "augmentations")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.strip().splitlines()[-1].removeprefix("ran:").split()) >= 2
+    missing = [name for name in compiled_loops(ROOT) if name not in LOOPS.read_text(encoding="utf-8")]
+    assert not missing, f"tests/loops.py must run every function that compile_loop gets: {missing}"
+
+
+@pytest.mark.slow
 def test_every_compiled_loop_runs_with_checked_bounds(tmp_path):
     done = run_loops(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

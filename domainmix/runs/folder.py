@@ -203,7 +203,8 @@ def _changed_rows(manifests: list[Path], record: dict) -> list[str]:
         if not isinstance(stored, dict): continue
         known = {k: v for k, v in stored.items() if k in record and k != "seed" and v is not None}
         lines += setting_differences(known, {k: record[k] for k in known})
-    own = "stage3.loss:", *["net.weights:"] * (record.get("net", {}).get("weights") == "auto")   # each method has its own
+    chosen = record.get("net", {}).get("weights") == "auto"
+    own = "stage3.loss:", *["net.weights:"] * chosen        # each method has its own
     return [line for line in lines if not line.startswith(own)]
 
 # %% ../../nbs/runs/02_folder.ipynb #16fcdf99
