@@ -319,9 +319,11 @@ def _real_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
     if kind == "true" and inputs.real.pids() is None:
         faults.append(Fault(f"{flag('method')} {config.method} needs true labels of B, but some images have none",
                             f"choose another {flag('method')}, or give identities"))
-    if METHODS[config.method].loss and config.stage3.domains == "camera" and (inputs.real.records.camera < 0).any():
-        faults.append(Fault(f"{flag('stage3.domains')} is camera, but the cameras of B are unknown",
-                            f"give {flag('pattern')} with a group camera, or leave it at set"))
+    if METHODS[config.method].loss and config.stage3.domains == "camera":
+        unknown = [name for name, part in (("A", inputs.synthetic), ("B", inputs.real))
+                   if part is not None and (part.records.camera < 0).any()]
+        faults += [Fault(f"{flag('stage3.domains')} is camera, but not all cameras of {name} are known",
+                         f"give {flag('pattern')} with a group camera, or leave it at set") for name in unknown]
     if not _needs_stage1(config): return faults
     cluster = getattr(config, config.labeller).cluster
     try: cluster.resolved(n)

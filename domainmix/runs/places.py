@@ -18,10 +18,9 @@ from tqdm.auto import tqdm
 
 from ..core import DomainMixError
 from ..files import save_json
-from ..images import find_same_files
 from ..evaluation import extract_features, rank
 from .settings import DEFAULT_METHODS, METHODS, RunConfig, configure, run_folder, validate_config
-from .inputs import Inputs, read_inputs
+from .inputs import Inputs, read_inputs, same_files
 from .stages import feature_options, load_net
 from .presets import PAPER_DATASETS
 from .tables import mean_and_std, paired_gains, percent_text, run_methods
@@ -82,7 +81,7 @@ def part_scores(
     "mAP and rank-1 of the queries for choosing (choose_...) and of the others (report_...), as fractions."
     q, g = (extract_features(net, part.images, **use) for part in (inputs.query, inputs.gallery))
     query, gallery = inputs.query.records, inputs.gallery.records
-    own = find_same_files(query, inputs.query.images, gallery, inputs.gallery.images)
+    own = same_files(inputs.query, inputs.gallery)
     found = rank(q, g, query.pid, gallery.pid, query.camera, gallery.camera, own=own)
     answered, choose = found.first > 0, is_for_choosing(query.pid)
     parts = {"choose": answered & choose, "report": answered & ~choose}
@@ -181,6 +180,7 @@ def places_text(
     others = [m for m in methods if m != "only-a"]
     gains = [["gain over Only A", *titles], *([METHODS[m].title, *(gain(c, m) for c in columns)] for m in others)]
     n = len({r["seed"] for r in rows})
-    note = (f"per cent, people for {part}ing; mean ± standard deviation over {n} seeds; gains: mean ± standard error, "
+    whose = {"choose": "for choosing", "report": "for reporting"}[part]
+    note = (f"per cent, people {whose}; mean ± standard deviation over {n} seeds; gains: mean ± standard error, "
             "* more than two standard errors")
-    return f"{_aligned(table)}\n\n{_aligned(gains)}\n{note.replace('chooseing', 'choosing')}"
+    return f"{_aligned(table)}\n\n{_aligned(gains)}\n{note}"
