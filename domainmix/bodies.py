@@ -186,16 +186,16 @@ class BackboneConfig:
     width: int = 32          # small: number of channels of the first stage
     stripes: int = 4         # horizontal stripes whose averages make the feature, without parts; 1: one global average
     ibn: bool = True         # small: instance and batch norm together (IBN) in the first three stages
-    last_stride: int = 1     # small and resnet50: stride of the last stage; 1 keeps the map tall
-    weights: str = "none"    # initial weights: none, builtin, auto (builtin where it fits), imagenet, or a file
+    last_stride: int = 1     # small (its rows only) and resnet50: stride of the last stage
+    weights: str = "none"    # initial weights: none, builtin, auto (builtin if it fits, else none), imagenet, a file
     view: Literal["whole", "person", "both"] = "whole"  # input: whole image, person cut out, or both (two bodies)
     parts: bool = False      # give the network maps of the body parts, and average over these in place of stripes
-    tokens: Literal["mean", "class"] = later_setting("mean")   # timm's vision transformers: mean of all, or the first
+    tokens: Literal["mean", "class"] = later_setting("mean")   # timm's vision transformers: mean of patches, or class
     first_relu: bool = later_setting(True)   # resnet50: a ReLU after the first norm; SpCL and MMT trained without it
 
 # %% ../nbs/22_bodies.ipynb #330b751c
 def _init_weights(net: nn.Module, seed: int, *whose) -> None:
-    "He initialisation from a separate generator: building a network changes no other random numbers."
+    "He initialisation. It has its own generator, which seed and `whose` start: no other random numbers change."
     g = generator(seed, "backbone", *whose)
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
@@ -217,7 +217,7 @@ BODIES = {
 
 # %% ../nbs/22_bodies.ipynb #a9b8279a
 def _check_body_config(config: BackboneConfig) -> None:
-    "Refuse a name or a number that no body has."
+    "Raise an error for an unknown network, or an option that it does not have."
     name = config.name
     if not name.startswith("timm:") and name not in BODIES:
         remedy = f"use one of {', '.join(BODIES)}, or timm:NAME for one of timm's"
