@@ -13,9 +13,10 @@ __all__ = ['WORLD_VERSION', 'PALETTES', 'PATTERNS', 'BAGS', 'CLOTHES_COLUMNS', '
            'leg_colour', 'draw_leg', 'draw_arm', 'body_angle', 'pattern_colour', 'upper_colour', 'torso_shape',
            'fold_shading', 'draw_torso', 'draw_skirt', 'paint_bag', 'draw_backpack', 'draw_satchel', 'draw_handbag',
            'head_colour', 'draw_head', 'drawing_steps', 'draw_person', 'window_index', 'Bystanders',
-           'sample_bystanders', 'add_bystanders', 'background_crop', 'draw_shadow', 'draw_post', 'simulate_camera',
-           'Domain', 'render_people', 'render_part_masks', 'colour_parts', 'render_sightings', 'draw_domain',
-           'WorldConfig', 'draw_world', 'one_query_each', 'test_split', 'source_split', 'toy_domain']
+           'sample_bystanders', 'add_bystanders', 'background_crop', 'draw_shadow', 'draw_post', 'half_resolution',
+           'compress', 'simulate_camera', 'Domain', 'render_people', 'render_part_masks', 'colour_parts',
+           'render_sightings', 'draw_domain', 'WorldConfig', 'draw_world', 'one_query_each', 'test_split',
+           'source_split', 'toy_domain']
 
 # %% ../nbs/10_world.ipynb #e9369071
 import math
@@ -135,10 +136,14 @@ class DomainStyle:
     bystanders: float = 1.                       # amount of other people in the backgrounds, 0 to 1
     occluder: float = .08                        # share of tracklets in which a post hides part of the person
     crop: float = .03                            # standard deviation of box errors, in image heights
+    brightness: float = later_setting(0.)        # mean over cameras of log(gain): below 0 darker
+    warmth: float = later_setting(0.)            # mean over cameras of log(gain) of red, and of -log(gain) of blue
+    coarse: float = later_setting(0.)            # largest share in which an image loses half of its resolution
+    compression: float = later_setting(0.)       # largest step of the compression; white is 1
 
 # %% ../nbs/10_world.ipynb #76319e06
-_SHARES = "passers_by", "summer", "matching", "look_alikes", "saturation_loss", "occluder", "clutter", "bystanders"
-_SPREADS = "exposure", "cast", "gamma", "noise", "vignette", "light", "crop"
+_SHARES = "passers_by", "summer", "matching", "look_alikes", "saturation_loss", "occluder", "clutter", "bystanders", "coarse"
+_SPREADS = "exposure", "cast", "gamma", "noise", "vignette", "light", "crop", "compression"
 
 # %% ../nbs/10_world.ipynb #58a46cd0
 def _require(fine: bool, what: str, remedy: str) -> None:
@@ -336,8 +341,8 @@ def sample_cameras(
     "A table of cameras."
     d, s = RandomDraws(n, g), style
     return dict(
-        gain=d.normal(s.exposure).exp(),
-        cast=torch.stack([d.normal(s.cast).exp() for _ in range(3)], 1),
+        gain=d.normal(s.exposure).exp() * math.exp(s.brightness),
+        cast=torch.stack([d.normal(s.cast).exp() * math.exp(w * s.warmth) for w in (1, 0, -1)], 1),
         gamma=d.normal(s.gamma).exp(),
         grey=d.uniform(0, s.saturation_loss),
         contrast=1 + d.normal(.5 * s.exposure),
@@ -348,6 +353,8 @@ def sample_cameras(
         azimuth=d.uniform(0, 2 * math.pi),
         elevation=d.uniform(0, .25),
         light=d.uniform(-s.light, s.light),
+        coarse=d.uniform(0, s.coarse),
+        compression=d.uniform(0, s.compression),
     )
 
 # %% ../nbs/10_world.ipynb #0ba606a7
@@ -994,6 +1001,36 @@ def _colour_response(image: Tensor, view: dict, cam: dict) -> Tensor:
     image = (image - .5) * number("contrast") + .5
     return image.clamp(1e-3, 1) ** number("gamma")
 
+# %% ../nbs/10_world.ipynb #25bc8e7e
+def half_resolution(
+    image: Tensor,  # (B, 3, H, W)
+    share: Tensor,  # (B, 1, 1, 1), 0: the image as it is, 1: half as many rows and columns
+) -> Tensor:        # (B, 3, H, W)
+    "Images of people who are far away: details smaller than two pixels are lost."
+    if not share.any():
+        return image
+    H, W = image.shape[2:]
+    coarse = F.interpolate(image, (max(1, H // 2), max(1, W // 2)), mode="area")
+    return blend(image, F.interpolate(coarse, (H, W), mode="bilinear", align_corners=False), share)
+
+# %% ../nbs/10_world.ipynb #f0cf6163
+def compress(
+    image: Tensor,  # (B, 3, H, W), 0 to 1
+    step: Tensor,   # (B, 1, 1, 1), of the quantisation of the lowest frequency; 0: no compression
+) -> Tensor:        # (B, 3, H, W)
+    "Images as from a JPEG file: the cosine transform of each block of 8 x 8 pixels, rounded. Fine details more coarsely."
+    if not step.any():
+        return image
+    H, W = image.shape[2:]
+    x = F.pad(image, (0, -W % 8, 0, -H % 8), mode="replicate")
+    k, n = torch.arange(8., device=image.device)[:, None], torch.arange(8., device=image.device)
+    dct = torch.cos(math.pi / 8 * (n + .5) * k) * torch.where(k > 0, .5, .125 ** .5)     # (8, 8), orthogonal
+    blocks = x.unflatten(2, (-1, 8)).unflatten(4, (-1, 8)).transpose(3, 4)               # (B, 3, rows, columns, 8, 8)
+    width = step[..., None, None] * (1 + k + n)
+    waves = (dct @ blocks @ dct.T / width.clamp(min=1e-6)).round() * width
+    x = (dct.T @ waves @ dct).transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :H, :W]
+    return torch.where(step > 0, x, image)
+
 # %% ../nbs/10_world.ipynb #6e3b77d0
 def simulate_camera(
     image: Tensor,  # (B, 3, H, W), as painted
@@ -1005,13 +1042,13 @@ def simulate_camera(
     def number(name):
         return cam[name][:, None, None, None]
     H, W = image.shape[2:]
-    image = _colour_response(image, view, cam)
+    image = half_resolution(_colour_response(image, view, cam), number("coarse"))
     soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
     image = blend(image, soft, number("blur"))
     y, x = (torch.linspace(-1, 1, n, device=image.device) for n in (H, W))
     image = image * (1 - number("vignette") * (y[:, None] ** 2 + x ** 2) / 2)
     grain = noise[(view["noise"] * len(noise)).long().clamp(max=len(noise) - 1)]
-    return image + number("noise") * grain[:, None]
+    return compress(image + number("noise") * grain[:, None], number("compression"))
 
 # %% ../nbs/10_world.ipynb #0e603923
 @dataclass

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from ..core import DomainMixError, flag
+from ..baselines.labellers import LABELLERS
 from .settings import BACKBONE_SETTINGS, METHODS, RunConfig, check_choice, dataset_specs
 
 # %% ../../nbs/runs/05_presets.ipynb #2edbe855
@@ -72,7 +73,8 @@ PAPER_SCORES |= {
 def _paper_small() -> dict:
     "The settings that switch off what the small network has in addition to the paper."
     averages = {f"{section}.ema": 0. for section in ("pretrain", "plain", "stage2", "stage3")}
-    labels = {f"spcl.{k}": v for k, v in (("flip", False), ("label_feature", "neck"), ("camera_centre", False))}
+    labels = {f"{labeller}.{k}": v for labeller in LABELLERS
+              for k, v in (("flip", False), ("label_feature", "neck"), ("camera_centre", False))}
     return {"net.view": "whole", "net.parts": False, "net.stripes": 1, "net.weights": "none", "start": "stage0",
             "feature": "neck", "flip": False, **averages, **labels}
 
@@ -161,7 +163,7 @@ def _preset_parts_text() -> str:
     for name, method in METHODS.items():
         lines.append(f"  {'(none)' if name == 'domainmix-db' else name:<20}{method.title}")
     lines += ["\nworld[-METHOD]: the embedded world with the backbone small"]
-    lines += [f"{', '.join(SIZES)}: other sizes of the backbone small, and the paper's method alone"]
+    lines += [f"{', '.join(SIZES)}: other sizes of the backbone small, and small without additions to the paper"]
     lines += ["", "domainmix presets WORD lists the names that contain WORD with the paper's figures"]
     return "\n".join(lines)
 
