@@ -2405,6 +2405,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                  'domainmix.world.Domain.__len__': ('world.html#domain.__len__', 'domainmix/world.py'),
                                  'domainmix.world.Domain.n_ids': ('world.html#domain.n_ids', 'domainmix/world.py'),
                                  'domainmix.world.DomainStyle': ('world.html#domainstyle', 'domainmix/world.py'),
+                                 'domainmix.world.FilmStyle': ('world.html#filmstyle', 'domainmix/world.py'),
                                  'domainmix.world.Limb': ('world.html#limb', 'domainmix/world.py'),
                                  'domainmix.world.PartCanvas': ('world.html#partcanvas', 'domainmix/world.py'),
                                  'domainmix.world.PartCanvas.paint': ('world.html#partcanvas.paint', 'domainmix/world.py'),

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['WORLD_VERSION', 'PALETTES', 'PATTERNS', 'BAGS', 'CLOTHES_COLUMNS', 'BODY_PARTS', 'FAR', 'NEAR', 'LIMB_BRIGHTNESS',
-           'STYLES', 'RandomDraws', 'rgb_from_hsv', 'ColourRange', 'sample_colours', 'DomainStyle', 'check_style',
-           'sample_bodies', 'sample_heads', 'Pattern', 'sample_patterns', 'sample_uppers', 'sample_lowers',
-           'sample_bags', 'copy_clothes', 'sample_people', 'sample_cameras', 'smooth_noise', 'expand_number',
-           'expand_colour', 'blend', 'grey_colours', 'ground_texture', 'wall_texture', 'bicycle_mask', 'add_clutter',
-           'sample_scenes', 'sample_sightings', 'select_rows', 'sample_views', 'Limb', 'expand_radius', 'Canvas',
-           'PartCanvas', 'shift_points', 'capsule', 'round_shading', 'project_to_image', 'pose_leg', 'pose_arm', 'pose',
-           'leg_colour', 'draw_leg', 'draw_arm', 'body_angle', 'pattern_colour', 'upper_colour', 'torso_shape',
-           'fold_shading', 'draw_torso', 'draw_skirt', 'paint_bag', 'draw_backpack', 'draw_satchel', 'draw_handbag',
-           'head_colour', 'draw_head', 'drawing_steps', 'draw_person', 'window_index', 'Bystanders',
+           'STYLES', 'GAP', 'RandomDraws', 'rgb_from_hsv', 'ColourRange', 'sample_colours', 'FilmStyle', 'DomainStyle',
+           'check_style', 'sample_bodies', 'sample_heads', 'Pattern', 'sample_patterns', 'sample_uppers',
+           'sample_lowers', 'sample_bags', 'copy_clothes', 'sample_people', 'sample_cameras', 'smooth_noise',
+           'expand_number', 'expand_colour', 'blend', 'grey_colours', 'ground_texture', 'wall_texture', 'bicycle_mask',
+           'add_clutter', 'sample_scenes', 'sample_sightings', 'select_rows', 'sample_views', 'Limb', 'expand_radius',
+           'Canvas', 'PartCanvas', 'shift_points', 'capsule', 'round_shading', 'project_to_image', 'pose_leg',
+           'pose_arm', 'pose', 'leg_colour', 'draw_leg', 'draw_arm', 'body_angle', 'pattern_colour', 'upper_colour',
+           'torso_shape', 'fold_shading', 'draw_torso', 'draw_skirt', 'paint_bag', 'draw_backpack', 'draw_satchel',
+           'draw_handbag', 'head_colour', 'draw_head', 'drawing_steps', 'draw_person', 'window_index', 'Bystanders',
            'sample_bystanders', 'add_bystanders', 'background_crop', 'draw_shadow', 'draw_post', 'half_resolution',
            'compress', 'simulate_camera', 'Domain', 'render_people', 'render_part_masks', 'colour_parts',
            'render_sightings', 'draw_domain', 'WorldConfig', 'draw_world', 'one_query_each', 'test_split',
@@ -110,9 +110,18 @@ def sample_colours(
     hue, sd, s0, s1, v0, v1 = rows[chosen].unbind(1)
     return rgb_from_hsv((hue + d.normal(sd)) % 1, d.uniform(s0, s1), d.uniform(v0, v1))
 
+# %% ../nbs/10_world.ipynb #1044e5b8
+@dataclass(frozen=True)
+class FilmStyle:
+    "What all cameras of a domain have in common."
+    brightness: float = later_setting(0.)        # mean over cameras of log(gain): below 0 darker
+    warmth: float = later_setting(0.)            # mean over cameras of log(gain) of red, and of -log(gain) of blue
+    coarse: float = later_setting(0.)            # largest share in which an image loses half of its resolution
+    compression: float = later_setting(0.)       # largest step of the compression; white is 1
+
 # %% ../nbs/10_world.ipynb #4915104a
 @dataclass(frozen=True)
-class DomainStyle:
+class DomainStyle(FilmStyle):
     "What the images of a domain are like."
     ids: int = 1500                              # number of identities
     passers_by: float = 0.                       # share of identities that only one camera sees, 1 to 3 times
@@ -136,13 +145,10 @@ class DomainStyle:
     bystanders: float = 1.                       # amount of other people in the backgrounds, 0 to 1
     occluder: float = .08                        # share of tracklets in which a post hides part of the person
     crop: float = .03                            # standard deviation of box errors, in image heights
-    brightness: float = later_setting(0.)        # mean over cameras of log(gain): below 0 darker
-    warmth: float = later_setting(0.)            # mean over cameras of log(gain) of red, and of -log(gain) of blue
-    coarse: float = later_setting(0.)            # largest share in which an image loses half of its resolution
-    compression: float = later_setting(0.)       # largest step of the compression; white is 1
 
 # %% ../nbs/10_world.ipynb #76319e06
-_SHARES = "passers_by", "summer", "matching", "look_alikes", "saturation_loss", "occluder", "clutter", "bystanders", "coarse"
+_SHARES = ("passers_by", "summer", "matching", "look_alikes", "saturation_loss", "occluder", "clutter", "bystanders",
+           "coarse")
 _SPREADS = "exposure", "cast", "gamma", "noise", "vignette", "light", "crop", "compression"
 
 # %% ../nbs/10_world.ipynb #58a46cd0
@@ -1018,7 +1024,7 @@ def compress(
     image: Tensor,  # (B, 3, H, W), 0 to 1
     step: Tensor,   # (B, 1, 1, 1), of the quantisation of the lowest frequency; 0: no compression
 ) -> Tensor:        # (B, 3, H, W)
-    "Images as from a JPEG file: the cosine transform of each block of 8 x 8 pixels, rounded. Fine details more coarsely."
+    "Images as from a JPEG file: the waves of each 8 x 8 pixels are rounded, those of fine details more coarsely."
     if not step.any():
         return image
     H, W = image.shape[2:]
@@ -1190,6 +1196,14 @@ def draw_world(
         bar = f"drawing {name.upper()}" if progress else ""
         domains[name] = draw_domain(getattr(config, name), config.seed, size, device, name=name, progress=bar)
     return domains
+
+# %% ../nbs/10_world.ipynb #54eb4f3a
+_FILMED = dict(brightness=-.4, warmth=.2, compression=.03)
+GAP = dict(   # domain -> changes of its style
+    a=dict(saturation_loss=.1, exposure=.03, cast=.01, gamma=.02, light=.08, clutter=.3, bystanders=.3,
+           blur=(-.6, -.1), noise=0., vignette=0., crop=.015, occluder=.02),
+    b=_FILMED, c=_FILMED,
+)
 
 # %% ../nbs/10_world.ipynb #f41ce167
 def one_query_each(

@@ -22,6 +22,7 @@ from ..core import DomainMixError, flag, from_dict, with_overrides
 from ..files import load_json, locked, save_json
 from ..distributed import call_on_rank0, init_distributed
 from ..schedule import DomainConfig
+from ..world import GAP
 from ..baselines.labellers import LABELLERS
 from domainmix.runs.settings import (
     DEFAULT_METHODS, METHODS, RunConfig, check_choice, check_run_name, configure, inherit_settings, run_folder,
@@ -179,7 +180,8 @@ def run_methods(
 
 # %% ../../nbs/runs/05_tables.ipynb #100506b9
 DEMO = {
-    "run": "demo", "real": "world", "target": "world", "world": {"a": {"ids": 400}}, "net": {"width": 16},
+    "run": "demo", "real": "world", "target": "world", "world": {**GAP, "a": {**GAP["a"], "ids": 400}},
+    "net": {"width": 16},
     "flip": False, "all_stages": False,
     "pretrain": {"epochs": 3, "iterations": 50}, **{name: {"epochs": 3, "iterations": 16} for name in LABELLERS},
     "stage2": {"epochs": 2, "iterations": 30}, "stage3": {"epochs": 6, "iterations": 8},
