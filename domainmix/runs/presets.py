@@ -165,7 +165,7 @@ def _preset_parts_text() -> str:
     for name, method in METHODS.items():
         lines.append(f"  {'(none)' if name == 'domainmix-db' else name:<20}{method.title}")
     lines += ["\nworld[-METHOD]: the embedded world with the backbone small"]
-    lines += [f"{', '.join(VARIANTS)}: single settings changed: other sizes, no additions to the paper, a world with a gap"]
+    lines += [f"{', '.join(VARIANTS)}: other sizes, small without additions to the paper, a world with a gap"]
     lines += ["", "domainmix presets WORD lists the names that contain WORD with the paper's figures"]
     return "\n".join(lines)
 
