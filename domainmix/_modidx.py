@@ -760,6 +760,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                       'domainmix.evaluation._without_own_files': ( 'evaluation.html#_without_own_files',
                                                                                    'domainmix/evaluation.py'),
                                       'domainmix.evaluation.count_nearer': ('evaluation.html#count_nearer', 'domainmix/evaluation.py'),
+                                      'domainmix.evaluation.domain_directions': ( 'evaluation.html#domain_directions',
+                                                                                  'domainmix/evaluation.py'),
                                       'domainmix.evaluation.domain_probe': ('evaluation.html#domain_probe', 'domainmix/evaluation.py'),
                                       'domainmix.evaluation.evaluate': ('evaluation.html#evaluate', 'domainmix/evaluation.py'),
                                       'domainmix.evaluation.extract_features': ( 'evaluation.html#extract_features',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_matches', 'count_nearer', 'match_ranks', 'Ranking', 'rank', 'RankedList', 'ranked_list', 'extract_features',
-           'evaluate', 'domain_probe']
+           'evaluate', 'domain_probe', 'domain_directions']
 
 # %% ../nbs/50_evaluation.ipynb #dcd0c623
 from collections.abc import Callable, Mapping, Sequence
@@ -370,3 +370,27 @@ def domain_probe(
     def target(parts): return torch.arange(len(parts)).repeat_interleave(len(parts[0]))
     w, b = _fit_linear((torch.cat(train) - mean) / std, target(train), len(halves), penalty, iterations)
     return float((((torch.cat(test) - mean) / std @ w + b).argmax(1) == target(test)).double().mean())
+
+# %% ../nbs/50_evaluation.ipynb #e733b84a
+def domain_directions(
+    features: Sequence | Mapping,  # (N_d, D) of each of two domains
+    n: int,                        # how many directions
+    penalty: float = 0.01,         # on the squared weights of the linear classifier
+    iterations: int = 50,          # of L-BFGS
+) -> torch.Tensor:                 # float64 (n, D), of length one, at right angles to each other
+    "The directions in which two domains differ: each is that of a linear classifier on what the earlier ones leave."
+    names = list(features) if isinstance(features, Mapping) else range(len(features))
+    parts = [unit_rows(features[k], f"features of domain {k}").cpu().double() for k in names]
+    if len(parts) != 2 or not 1 <= n < min(len(parts[0]), len(parts[1]), parts[0].shape[1]):
+        raise DomainMixError(f"{n} directions of {len(parts)} domains",
+                             "give two domains, and fewer directions than each has images and a feature has numbers")
+    size = min(map(len, parts))
+    x, y = torch.cat([p[:size] for p in parts]), torch.arange(2).repeat_interleave(size)
+    x, found = x - x.mean(0), x.new_zeros(n, x.shape[1])
+    for i in range(n):
+        std = x.std(0).clamp(min=1e-6)
+        w, _ = _fit_linear(x / std, y, 2, penalty, iterations)
+        v = (w[:, 1] - w[:, 0]) / std
+        found[i] = F.normalize(v - found.T @ (found @ v), dim=0)
+        x = x - torch.outer(x @ found[i], found[i])
+    return found
