@@ -1053,6 +1053,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
             'domainmix.losses': { 'domainmix.losses._check_labels': ('losses.html#_check_labels', 'domainmix/losses.py'),
                                   'domainmix.losses._check_triplets': ('losses.html#_check_triplets', 'domainmix/losses.py'),
                                   'domainmix.losses._log_probability': ('losses.html#_log_probability', 'domainmix/losses.py'),
+                                  'domainmix.losses.calibrated_entropy_loss': ( 'losses.html#calibrated_entropy_loss',
+                                                                                'domainmix/losses.py'),
                                   'domainmix.losses.discrimination_loss': ('losses.html#discrimination_loss', 'domainmix/losses.py'),
                                   'domainmix.losses.domain_balance_loss': ('losses.html#domain_balance_loss', 'domainmix/losses.py'),
                                   'domainmix.losses.hardest_pairs': ('losses.html#hardest_pairs', 'domainmix/losses.py'),

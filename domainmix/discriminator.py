@@ -46,6 +46,8 @@ class Discriminator(nn.Module):
         with torch.random.fork_rng(devices=[]):    # layers initialise themselves; torch's global stream stays as it was
             self.layers = _make_layers(dim, widths, n_domains)
         _init_linear_layers(self.layers, generator(seed, "discriminator"))
+        # share of the training images that are of each domain; not in the checkpoint
+        self.register_buffer("share", torch.full((n_domains,), 1 / n_domains), persistent=False)
 
     def forward(self, feature: Tensor) -> Tensor:
         "(B, D) -> (B, n)"

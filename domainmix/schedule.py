@@ -90,8 +90,9 @@ class DomainConfig(TrainConfig):
     "Stage 3: the backbone and a domain discriminator learn in turn, Eq. (11)."
     lr: float = 3.5e-6                   # learning rate of the backbone
     milestones: tuple[int, ...] = ()     # with schedule step: lr is divided by 10 after these epochs
-    # domain loss, set by the method: db (domain balance), kl (K-L divergence), reverse (gradient reversal), none
-    loss: Literal["db", "kl", "reverse", "none"] = "db"
+    # domain loss, set by the method: db (domain balance), kl (K-L divergence), cane (calibrated negative entropy),
+    # reverse (gradient reversal), none
+    loss: Literal["db", "kl", "cane", "reverse", "none"] = "db"
     lambda_m: float = 1.                 # weight of the domain loss
     disc_lr: float | None = None         # learning rate of the discriminator; None: 100 times lr
     # when the discriminator learns: epoch (in the first, third, ... epoch), literal (in the second, fourth, ... epoch)

@@ -30,7 +30,9 @@ from .core import autocast, DomainMixError, fingerprint, from_dict, generator, p
 from .discriminator import Discriminator
 from .distributed import all_gather_rows, mean_gradients
 from .loading import BatchLoader
-from .losses import discrimination_loss, domain_balance_loss, id_loss, kl_uniform_loss, triplet_loss
+from domainmix.losses import (
+    calibrated_entropy_loss, discrimination_loss, domain_balance_loss, id_loss, kl_uniform_loss, triplet_loss,
+)
 from .norms import from_domain_bn, to_ghost_bn
 from .optimiser import adam, make_ema, move_to_device, update_ema
 from .schedule import DomainConfig, set_lr, TrainConfig, turn_schedule
@@ -92,7 +94,9 @@ def domain_terms(
         scores = discriminator(GradientReversal.apply(feature, config.lambda_m * reversal))
         loss = discrimination_loss(scores, domain)
         return loss, dict(d=loss, d_accuracy=accuracy(scores, domain))
-    loss = DOMAIN_LOSSES[config.loss](discriminator(feature))
+    scores = discriminator(feature)
+    if config.loss == "cane": loss = calibrated_entropy_loss(scores, discriminator.share[domain])
+    else: loss = DOMAIN_LOSSES[config.loss](scores)
     return config.lambda_m * loss, dict(dm=loss)
 
 # %% ../nbs/40_training.ipynb #d6afbe8d
@@ -167,15 +171,17 @@ class TrainState:
 # %% ../nbs/40_training.ipynb #085c40a1
 def add_discriminator(
     state: TrainState,  # changed in place
-    n_domains: int,
+    domain: Tensor,     # int64 (N,), the domain of each training image
     config: DomainConfig,
     seed: int,
     device: torch.device,
 ) -> None:
     "Give the state a discriminator and its optimiser."
+    count = torch.bincount(domain.cpu())
     state.uses_reversal = config.loss == "reverse"
     state.disc_lr_ratio = 100. if config.disc_lr is None else config.disc_lr / config.lr
-    state.discriminator = Discriminator(state.model.net.feature_dim, n_domains, seed=seed).to(device)
+    state.discriminator = Discriminator(state.model.net.feature_dim, len(count), seed=seed).to(device)
+    state.discriminator.share.copy_(count / count.sum())
     state.disc_optimiser = adam(state.discriminator, config.lr, config.weight_decay, config.fused)
 
 # %% ../nbs/40_training.ipynb #2b1cfd48
@@ -197,7 +203,7 @@ def make_train_state(
         compile_net(model, data.images[:2], device, config.channels_last)
     state.optimiser = adam(model, config.lr, config.weight_decay, config.fused)
     if getattr(config, "loss", "none") != "none":
-        add_discriminator(state, int(told_domains(data, config.domains).max()) + 1, config, seed, device)
+        add_discriminator(state, told_domains(data, config.domains), config, seed, device)
     return state
 
 # %% ../nbs/40_training.ipynb #b1da09d7

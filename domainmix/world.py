@@ -148,8 +148,8 @@ class DomainStyle(FilmStyle):
 
 # %% ../nbs/10_world.ipynb #76319e06
 _SHARES = ("passers_by", "summer", "matching", "look_alikes", "saturation_loss", "occluder", "clutter", "bystanders",
-           "coarse")
-_SPREADS = "exposure", "cast", "gamma", "noise", "vignette", "light", "crop", "compression"
+           "coarse", "compression")
+_SPREADS = "exposure", "cast", "gamma", "noise", "vignette", "light", "crop"
 
 # %% ../nbs/10_world.ipynb #58a46cd0
 def _require(fine: bool, what: str, remedy: str) -> None:
@@ -176,6 +176,8 @@ def check_style(
         _require(0 <= getattr(s, name) <= 1, f"{name} is {getattr(s, name)}", "it is a share: give 0 to 1")
     for name in _SPREADS:
         _require(getattr(s, name) >= 0, f"{name} is {getattr(s, name)}", "give 0 or more")
+    for name in ("brightness", "warmth"):
+        _require(abs(getattr(s, name)) <= 3, f"{name} is {getattr(s, name)}", "it is a logarithm: give -3 to 3")
     _require(size[0] >= 16 and size[1] >= 8, f"images of {size[0]} x {size[1]} pixels are too small to show a person",
              "use at least 16 rows and 8 columns")
 

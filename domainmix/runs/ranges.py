@@ -53,8 +53,9 @@ WORLD_RANGES = {
     "world.height": Range(16, 4096), "world.width": Range(8, 4096),
     "ids": COUNT, "cameras": Range(1, 10**4), "scenes": Range(1, 10**4), "cameras_per_id": Range(1, 10**4),
     "images_per_camera": Range(1, 10**4), "blur": Range(-100, 100),
+    "brightness": Range(-3, 3), "warmth": Range(-3, 3),
     **dict.fromkeys(("passers_by", "summer", "matching", "look_alikes", "saturation_loss", "occluder", "clutter",
-                     "bystanders"), SHARE),
+                     "bystanders", "coarse", "compression"), SHARE),
     **dict.fromkeys(("exposure", "cast", "gamma", "noise", "vignette", "light", "crop"), Range(0, 100)),
 }
 RANGES = {

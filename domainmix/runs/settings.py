@@ -40,8 +40,8 @@ class InputConfig:
     real: str | tuple[str, ...] | None = None  # B, real, labels unused: folder:DIR, msmt17:DIR, world, ..., or several
     target: str | None = None     # C, unseen, to test on: market1501:DIR, msmt17:DIR, ..., or world; may be left out
     run: str = "run"              # name of the run; its folder is DATA/runs/RUN
-    # what is trained: only-a, directmix-initial, directmix, control, domainmix-db, domainmix-kl, domainmix-reverse,
-    # labelled, labelled-db, only-b, stage1, stage1-mmt or stage1-plain
+    # what is trained: only-a, directmix-initial, directmix, control, domainmix-db, domainmix-kl, domainmix-cane,
+    # domainmix-reverse, labelled, labelled-db, only-b, stage1, stage1-mmt or stage1-plain
     method: str = "domainmix-db"
     seed: int = 0                 # seed of all random numbers
     backbone: str = "small"       # small, resnet50[_ibn], osnet[_ibn][_x0_25] or timm:NAME; it brings its own settings
@@ -201,6 +201,7 @@ METHODS = {
     "control": Method("refined", "none", "control: stage 3 without L_dm"),
     "domainmix-db": Method("refined", "db", "DomainMix (DB)"),
     "domainmix-kl": Method("refined", "kl", "DomainMix (K-L)"),
+    "domainmix-cane": Method("refined", "cane", "DomainMix (CaNE)"),
     "domainmix-reverse": Method("refined", "reverse", "DomainMix (reversal)"),
     "labelled": Method("true", None, "true labels of B"),
     "labelled-db": Method("true", "db", "true labels, DomainMix (DB)"),
