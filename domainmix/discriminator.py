@@ -41,13 +41,11 @@ class Discriminator(nn.Module):
         if n_domains < 2:
             raise DomainMixError(f"n_domains is {n_domains}, but a discriminator needs two or more domains",
                                  "give at least 2, one synthetic and one real")
-        self.dim = dim
-        widths = hidden if hidden is not None else tuple(max(dim // d, 2) for d in (2, 4, 8))
+        self.dim, widths = dim, hidden if hidden is not None else tuple(max(dim // d, 2) for d in (2, 4, 8))
         with torch.random.fork_rng(devices=[]):    # layers initialise themselves; torch's global stream stays as it was
             self.layers = _make_layers(dim, widths, n_domains)
         _init_linear_layers(self.layers, generator(seed, "discriminator"))
-        # share of the training images that are of each domain; not in the checkpoint
-        self.register_buffer("share", torch.full((n_domains,), 1 / n_domains), persistent=False)
+        self.register_buffer("share", torch.full((n_domains,), 1 / n_domains), persistent=False)   # of the images
 
     def forward(self, feature: Tensor) -> Tensor:
         "(B, D) -> (B, n)"
