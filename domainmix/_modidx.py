@@ -299,6 +299,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                   'domainmix.bodies._is_vit': ('bodies.html#_is_vit', 'domainmix/bodies.py'),
                                   'domainmix.bodies._timm_model': ('bodies.html#_timm_model', 'domainmix/bodies.py'),
                                   'domainmix.bodies._token_body': ('bodies.html#_token_body', 'domainmix/bodies.py'),
+                                  'domainmix.bodies.dual_norm_block': ('bodies.html#dual_norm_block', 'domainmix/bodies.py'),
                                   'domainmix.bodies.resnet50_body': ('bodies.html#resnet50_body', 'domainmix/bodies.py'),
                                   'domainmix.bodies.small_body': ('bodies.html#small_body', 'domainmix/bodies.py'),
                                   'domainmix.bodies.timm_body': ('bodies.html#timm_body', 'domainmix/bodies.py')},

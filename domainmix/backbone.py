@@ -266,7 +266,9 @@ def _load_body(
     "Load the weights of a published network into a body."
     ours = body.state_dict()
     parts = split_weights(file.tensors, ours, 0 if neck is None else neck.num_features)
-    _load_checked(body, parts.body, source)
+    # files of a plain ResNet-50 have no instance norms: those of DualNorm keep their initial weights
+    own = {k: v for k, v in ours.items() if ".instance_norm." in k and k not in parts.body}
+    _load_checked(body, {**own, **parts.body}, source)
     if parts.neck:
         _load_checked(neck, parts.neck, f"{parts.neck_name} of {source}")
     return parts, [k for k in ours if k not in parts.body]

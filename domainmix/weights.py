@@ -71,9 +71,11 @@ OSNET_FILES = {
     "osnet_ibn": "osnet_ibn_x1_0_imagenet.pth",
     "osnet_x0_25": "osnet_x0_25_imagenet.pth",
 }
+_RESNET50 = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
 _IBN_RELEASE = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0"
 PUBLISHED_URLS = {
-    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+    "resnet50": _RESNET50,
+    "resnet50_dualnorm": _RESNET50,
     "resnet50_ibn": f"{_IBN_RELEASE}/resnet50_ibn_a-d9d0bb7b.pth",
 }
 

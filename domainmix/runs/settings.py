@@ -44,7 +44,7 @@ class InputConfig:
     # domainmix-reverse, labelled, labelled-db, only-b, stage1, stage1-mmt or stage1-plain
     method: str = "domainmix-db"
     seed: int = 0                 # seed of all random numbers
-    backbone: str = "small"       # small, resnet50[_ibn], osnet[_ibn][_x0_25] or timm:NAME; it brings its own settings
+    backbone: str = "small"       # small, resnet50[_ibn|_dualnorm], osnet[_ibn][_x0_25], timm:NAME; brings its settings
     height: int = 64              # rows of an image as the network sees it
     width: int = 32               # columns of an image as the network sees it
     pattern: str | None = None    # regular expression with groups pid and camera, for names of files of folder: sets
@@ -127,6 +127,7 @@ BACKBONE_SETTINGS = {
     "small": SMALL_SETTINGS,
     "resnet50": _paper_backbone("resnet50", ibn=False),
     "resnet50_ibn": _paper_backbone("resnet50_ibn"),
+    "resnet50_dualnorm": _paper_backbone("resnet50_dualnorm", ibn=False, last_stride=2),
     "osnet": _paper_backbone("osnet", ibn=False),
     "osnet_ibn": _paper_backbone("osnet_ibn", ibn=True),
     "osnet_x0_25": _paper_backbone("osnet_x0_25", ibn=False),
