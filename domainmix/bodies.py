@@ -97,7 +97,7 @@ def dual_norm_block(block: nn.Module) -> nn.Module:
 def resnet50_body(
     ibn: bool = False,      # IBN-a in the first three stages
     last_stride: int = 1,   # of the last stage; 2 as in ImageNet classification
-    dual_norm: bool = False,  # DualNorm in the first three stages
+    dual_norm: bool = False,  # instance norm in the last block of each of the first three stages
 ) -> nn.Sequential:         # (B, 3, H, W) -> (B, 2048, H/16, W/16)
     "ResNet-50 without its classifier."
     from torchvision.models import resnet50    # imported here: it takes two seconds, and few commands need it

@@ -378,12 +378,12 @@ def domain_directions(
     penalty: float = 0.01,         # on the squared weights of the linear classifier
     iterations: int = 50,          # of L-BFGS
 ) -> torch.Tensor:                 # float64 (n, D), of length one, at right angles to each other
-    "The directions in which two domains differ: each is that of a linear classifier on what the earlier ones leave."
+    "Directions in which two domains differ, each found by a linear classifier after the earlier ones are removed."
     names = list(features) if isinstance(features, Mapping) else range(len(features))
     parts = [unit_rows(features[k], f"features of domain {k}").cpu().double() for k in names]
     if len(parts) != 2 or not 1 <= n < min(len(parts[0]), len(parts[1]), parts[0].shape[1]):
         raise DomainMixError(f"{n} directions of {len(parts)} domains",
-                             "give two domains, and fewer directions than each has images and a feature has numbers")
+                             "give exactly two domains, and fewer directions than each has images and than a feature has numbers")
     size = min(map(len, parts))
     x, y = torch.cat([p[:size] for p in parts]), torch.arange(2).repeat_interleave(size)
     x, found = x - x.mean(0), x.new_zeros(n, x.shape[1])

@@ -125,7 +125,7 @@ def kl_uniform_loss(
 # %% ../nbs/26_losses.ipynb #8625fdfb
 def calibrated_entropy_loss(
     logits: Tensor,   # (B, n) domain scores of a fixed discriminator
-    weight: Tensor,   # (B,) share of the training images that are of each image's domain
+    weight: Tensor,   # (B,) for each image: the share of its domain in the training images
 ) -> Tensor:          # scalar, 0 where undecided, at most ln n / n
     "Calibrated negative entropy (CaNE), for the backbone."
     log_x = _log_probability(logits, "calibrated_entropy_loss")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLD_VERSION', 'PALETTES', 'PATTERNS', 'BAGS', 'CLOTHES_COLUMNS', 'BODY_PARTS', 'FAR', 'NEAR', 'LIMB_BRIGHTNESS',
-           'STYLES', 'GAP', 'RandomDraws', 'rgb_from_hsv', 'ColourRange', 'sample_colours', 'FilmStyle', 'DomainStyle',
+           'STYLES', 'GAP', 'RandomDraws', 'rgb_from_hsv', 'ColourRange', 'sample_colours', 'CameraLook', 'DomainStyle',
            'check_style', 'sample_bodies', 'sample_heads', 'Pattern', 'sample_patterns', 'sample_uppers',
            'sample_lowers', 'sample_bags', 'copy_clothes', 'sample_people', 'sample_cameras', 'smooth_noise',
            'expand_number', 'expand_colour', 'blend', 'grey_colours', 'ground_texture', 'wall_texture', 'bicycle_mask',
@@ -112,16 +112,16 @@ def sample_colours(
 
 # %% ../nbs/10_world.ipynb #1044e5b8
 @dataclass(frozen=True)
-class FilmStyle:
+class CameraLook:
     "What all cameras of a domain have in common."
     brightness: float = later_setting(0.)        # mean over cameras of log(gain): below 0 darker
     warmth: float = later_setting(0.)            # mean over cameras of log(gain) of red, and of -log(gain) of blue
-    coarse: float = later_setting(0.)            # largest share in which an image loses half of its resolution
-    compression: float = later_setting(0.)       # largest step of the compression; white is 1
+    low_resolution: float = later_setting(0.)    # most in a camera; 1: as if the image had half of its resolution
+    compression: float = later_setting(0.)       # most in a camera: rounding step of the compression; white is 1
 
 # %% ../nbs/10_world.ipynb #4915104a
 @dataclass(frozen=True)
-class DomainStyle(FilmStyle):
+class DomainStyle(CameraLook):
     "What the images of a domain are like."
     ids: int = 1500                              # number of identities
     passers_by: float = 0.                       # share of identities that only one camera sees, 1 to 3 times
@@ -148,7 +148,7 @@ class DomainStyle(FilmStyle):
 
 # %% ../nbs/10_world.ipynb #76319e06
 _SHARES = ("passers_by", "summer", "matching", "look_alikes", "saturation_loss", "occluder", "clutter", "bystanders",
-           "coarse", "compression")
+           "low_resolution", "compression")
 _SPREADS = "exposure", "cast", "gamma", "noise", "vignette", "light", "crop"
 
 # %% ../nbs/10_world.ipynb #58a46cd0
@@ -361,7 +361,7 @@ def sample_cameras(
         azimuth=d.uniform(0, 2 * math.pi),
         elevation=d.uniform(0, .25),
         light=d.uniform(-s.light, s.light),
-        coarse=d.uniform(0, s.coarse),
+        low_resolution=d.uniform(0, s.low_resolution),
         compression=d.uniform(0, s.compression),
     )
 
@@ -1012,7 +1012,7 @@ def _colour_response(image: Tensor, view: dict, cam: dict) -> Tensor:
 # %% ../nbs/10_world.ipynb #25bc8e7e
 def half_resolution(
     image: Tensor,  # (B, 3, H, W)
-    share: Tensor,  # (B, 1, 1, 1), 0: the image as it is, 1: half as many rows and columns
+    share: Tensor,  # (B, 1, 1, 1), 0: the image as it is, 1: only the detail of half as many rows and columns
 ) -> Tensor:        # (B, 3, H, W)
     "Images of people who are far away: details smaller than two pixels are lost."
     if not share.any():
@@ -1024,9 +1024,9 @@ def half_resolution(
 # %% ../nbs/10_world.ipynb #f0cf6163
 def compress(
     image: Tensor,  # (B, 3, H, W), 0 to 1
-    step: Tensor,   # (B, 1, 1, 1), of the quantisation of the lowest frequency; 0: no compression
+    step: Tensor,   # (B, 1, 1, 1), rounding step of the lowest frequency; higher ones have larger steps; 0: no compression
 ) -> Tensor:        # (B, 3, H, W)
-    "Images as from a JPEG file: the waves of each 8 x 8 pixels are rounded, those of fine details more coarsely."
+    "Images with errors like those of JPEG: the cosine coefficients of each 8 x 8 block are rounded."
     if not step.any():
         return image
     H, W = image.shape[2:]
@@ -1034,9 +1034,9 @@ def compress(
     k, n = torch.arange(8., device=image.device)[:, None], torch.arange(8., device=image.device)
     dct = torch.cos(math.pi / 8 * (n + .5) * k) * torch.where(k > 0, .5, .125 ** .5)     # (8, 8), orthogonal
     blocks = x.unflatten(2, (-1, 8)).unflatten(4, (-1, 8)).transpose(3, 4)               # (B, 3, rows, columns, 8, 8)
-    width = step[..., None, None] * (1 + k + n)
-    waves = (dct @ blocks @ dct.T / width.clamp(min=1e-6)).round() * width
-    x = (dct.T @ waves @ dct).transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :H, :W]
+    steps = step[..., None, None] * (1 + k + n)
+    coefficients = (dct @ blocks @ dct.T / steps.clamp(min=1e-6)).round() * steps
+    x = (dct.T @ coefficients @ dct).transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :H, :W]
     return torch.where(step > 0, x, image)
 
 # %% ../nbs/10_world.ipynb #6e3b77d0
@@ -1050,7 +1050,7 @@ def simulate_camera(
     def number(name):
         return cam[name][:, None, None, None]
     H, W = image.shape[2:]
-    image = half_resolution(_colour_response(image, view, cam), number("coarse"))
+    image = half_resolution(_colour_response(image, view, cam), number("low_resolution"))
     soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
     image = blend(image, soft, number("blur"))
     y, x = (torch.linspace(-1, 1, n, device=image.device) for n in (H, W))
@@ -1200,11 +1200,11 @@ def draw_world(
     return domains
 
 # %% ../nbs/10_world.ipynb #54eb4f3a
-_FILMED = dict(brightness=-.4, warmth=.2, compression=.03)
+_REAL_LOOK = dict(brightness=-.4, warmth=.2, compression=.03)
 GAP = dict(   # domain -> changes of its style
     a=dict(saturation_loss=.1, exposure=.03, cast=.01, gamma=.02, light=.08, clutter=.3, bystanders=.3,
            blur=(-.6, -.1), noise=0., vignette=0., crop=.015, occluder=.02),
-    b=_FILMED, c=_FILMED,
+    b=_REAL_LOOK, c=_REAL_LOOK,
 )
 
 # %% ../nbs/10_world.ipynb #f41ce167

@@ -55,7 +55,7 @@ WORLD_RANGES = {
     "images_per_camera": Range(1, 10**4), "blur": Range(-100, 100),
     "brightness": Range(-3, 3), "warmth": Range(-3, 3),
     **dict.fromkeys(("passers_by", "summer", "matching", "look_alikes", "saturation_loss", "occluder", "clutter",
-                     "bystanders", "coarse", "compression"), SHARE),
+                     "bystanders", "low_resolution", "compression"), SHARE),
     **dict.fromkeys(("exposure", "cast", "gamma", "noise", "vignette", "light", "crop"), Range(0, 100)),
 }
 RANGES = {
