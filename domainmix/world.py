@@ -1024,7 +1024,7 @@ def half_resolution(
 # %% ../nbs/10_world.ipynb #f0cf6163
 def compress(
     image: Tensor,  # (B, 3, H, W), 0 to 1
-    step: Tensor,   # (B, 1, 1, 1), rounding step of the lowest frequency; higher ones have larger steps; 0: no compression
+    step: Tensor,   # (B, 1, 1, 1), rounding step of the lowest frequency; 0: no compression
 ) -> Tensor:        # (B, 3, H, W)
     "Images with errors like those of JPEG: the cosine coefficients of each 8 x 8 block are rounded."
     if not step.any():
