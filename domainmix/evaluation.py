@@ -383,7 +383,7 @@ def domain_directions(
     parts = [unit_rows(features[k], f"features of domain {k}").cpu().double() for k in names]
     if len(parts) != 2 or not 1 <= n < min(len(parts[0]), len(parts[1]), parts[0].shape[1]):
         raise DomainMixError(f"{n} directions of {len(parts)} domains",
-                             "give exactly two domains, and fewer directions than images of each and numbers of a feature")
+                             "give two domains, and fewer directions than images of each and numbers of a feature")
     size = min(map(len, parts))
     x, y = torch.cat([p[:size] for p in parts]), torch.arange(2).repeat_interleave(size)
     x, found = x - x.mean(0), x.new_zeros(n, x.shape[1])
