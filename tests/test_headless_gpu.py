@@ -103,7 +103,7 @@ def test_a_preset_runs_to_its_end(name, data):
     check_finished(data/"runs"/name)
 
 
-OTHERS = ("osnet_x0_25", "osnet", "osnet_ibn_x0_25")     # of no paper's preset; they differ from osnet_ibn in norms and widths only
+OTHERS = ("osnet_x0_25", "osnet", "osnet_ibn_x0_25", "resnet50_dualnorm")   # of no paper preset: other norms and widths
 
 
 @pytest.mark.slow
