@@ -24,8 +24,8 @@ from .norms import to_domain_bn
 from .bodies import _build_body, _add_input_channels, BackboneConfig, BODIES, TokenBody
 from .builtin import BUILTIN, builtin_file, check_builtin_fits
 from domainmix.weights import (
-    _check_fits, _fetch, _first_differences, _load_checked, _timm_weights, match_body, read_weights, split_weights,
-    weights_report, WeightsFile, WeightsParts,
+    _check_fits, _fetch, _first_differences, _load_checked, _timm_weights, has_initial_weights, match_body, read_weights,
+    split_weights, weights_report, WeightsFile, WeightsParts,
 )
 
 # %% ../nbs/24_backbone.ipynb #4b09316c
@@ -266,8 +266,7 @@ def _load_body(
     "Load the weights of a published network into a body."
     ours = body.state_dict()
     parts = split_weights(file.tensors, ours, 0 if neck is None else neck.num_features)
-    # files of a plain ResNet-50 have no instance norms: those of DualNorm keep their initial weights
-    own = {k: v for k, v in ours.items() if ".instance_norm." in k and k not in parts.body}
+    own = {k: v for k, v in ours.items() if has_initial_weights(k) and k not in parts.body}
     _load_checked(body, {**own, **parts.body}, source)
     if parts.neck:
         _load_checked(neck, parts.neck, f"{parts.neck_name} of {source}")

@@ -25,7 +25,9 @@ from .backbone import ReIDNet
 from .batches import TrainSet, told_domains
 from .capture import may_record, StepRecorder
 from .checkpoint import data_key, StageRun, weights_key
-from .classifier import ClassifierNet, compile_net, initial_classifier, mean_features, mean_over_views
+from domainmix.classifier import (
+    ClassifierNet, compile_net, extra_losses, initial_classifier, mean_features, mean_over_views,
+)
 from .core import autocast, DomainMixError, fingerprint, from_dict, generator, pick_device, to_dict
 from .discriminator import Discriminator
 from .distributed import all_gather_rows, mean_gradients
@@ -116,7 +118,8 @@ def backbone_loss(
     def triplet(feature): return triplet_loss(feature, all_labels, config.margin)
     terms = dict(id=id_loss(logits, label.repeat(views), config.smoothing, config.temperature),
                  triplet=mean_over_views(triplet, views, all_gather_rows(raw.float())))
-    loss = config.lambda_id * terms["id"] + terms["triplet"]
+    extra = extra_losses(model.net, all_labels)
+    loss, terms = config.lambda_id * terms["id"] + terms["triplet"] + sum(extra.values()), terms | extra
     if discriminator is not None:
         feature = domain_feature(raw, neck, config)
         added, more_terms = domain_terms(discriminator, feature, all_gather_rows(domain), config, reversal)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OSNET_FILES', 'PUBLISHED_URLS', 'NUMPY_KINDS', 'WRAPPERS', 'CLASSIFIER_PREFIXES', 'HEAD_WORDS', 'TOOLBOXES',
-           'WeightsFile', 'read_weights', 'weights_header', 'BodyMatch', 'match_body', 'WeightsParts', 'split_weights',
-           'toolbox_name', 'weights_report']
+           'WeightsFile', 'read_weights', 'weights_header', 'BodyMatch', 'has_initial_weights', 'match_body',
+           'WeightsParts', 'split_weights', 'toolbox_name', 'weights_report']
 
 # %% ../nbs/23_weights.ipynb #348906b2
 import contextlib
@@ -260,10 +260,17 @@ def _behind_prefix(names: dict[str, str], prefix: str) -> dict[str, str]:
     "The names that begin with `prefix`, without it."
     return {k[len(prefix):]: v for k, v in names.items() if k.startswith(prefix)}
 
+# %% ../nbs/23_weights.ipynb #bc412af9
+def has_initial_weights(
+    name: str,   # of one of our tensors
+) -> bool:
+    "Is it of a module that networks of other toolboxes lack, so that it may keep its initial weights?"
+    return ".instance_norm." in name or name.startswith("snr")     # DualNorm, SNR
+
 # %% ../nbs/23_weights.ipynb #c9a27031
 def _named_layers(names: dict[str, str], ours: Iterable[str], prefix: str) -> BodyMatch:
     "The tensors behind `prefix` whose first name is a number, with the names of our layers, in their order."
-    layers = list(dict.fromkeys(k.split(".")[0] for k in ours))
+    layers = list(dict.fromkeys(k.split(".")[0] for k in ours if not has_initial_weights(k)))
     behind = {k: v for k, v in _behind_prefix(names, prefix).items() if k.split(".")[0].isdigit()}
     numbers = sorted({int(k.split(".")[0]) for k in behind})
     renamed = dict(zip(map(str, numbers), layers))

@@ -21,7 +21,7 @@ from ..backbone import ReIDNet
 from .clustering import Learner, PlainConfig, train_on_clusters
 from ..batches import TrainSet
 from ..checkpoint import StageRun, weights_key
-from ..classifier import ClassifierNet, mean_over_views
+from ..classifier import ClassifierNet, extra_losses, mean_over_views
 from ..core import autocast, DomainMixError, from_dict, pick_device, to_dict
 from ..distributed import all_gather_rows
 from ..loading import BatchLoader
@@ -125,8 +125,9 @@ def mutual_loss(
                  soft_triplet=mean_over_views(soft, views, features, all_gather_rows(from_teacher[0])))
     identity = (1 - config.soft_id) * terms["id"] + config.soft_id * terms["soft_id"]
     triplet = (1 - config.soft_triplet) * terms["triplet"] + config.soft_triplet * terms["soft_triplet"]
-    loss = config.lambda_id * identity + triplet
-    return loss, dict(loss=loss, **terms)
+    extra = extra_losses(model.net, labels)
+    loss = config.lambda_id * identity + triplet + sum(extra.values())
+    return loss, dict(loss=loss, **terms, **extra)
 
 # %% ../../nbs/baselines/01_mmt.ipynb #924c2d5b
 def mutual_teaching_epoch(
