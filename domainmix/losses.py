@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['id_loss', 'hardest_pairs', 'triplet_loss', 'discrimination_loss', 'domain_balance_loss', 'kl_uniform_loss',
-           'calibrated_entropy_loss']
+           'cane_weights', 'calibrated_entropy_loss']
 
 # %% ../nbs/26_losses.ipynb #91c5d626
 import math
@@ -122,12 +122,25 @@ def kl_uniform_loss(
     log_x = _log_probability(logits, "kl_uniform_loss")
     return ((log_x.exp() - 1 / logits.shape[1]) * log_x).sum(1).mean()
 
+# %% ../nbs/26_losses.ipynb #636f475e
+def cane_weights(
+    share: Tensor,          # (n,) of each domain in the training images
+    domain: Tensor,         # (B,) int64
+    kind: str = "images",   # images: of the domain of the image; none: 1; domains: each of the n terms has its own
+) -> Tensor:                # (B,), or (1, n) for domains
+    "The weights of `calibrated_entropy_loss`."
+    if kind not in ("images", "none", "domains"):
+        raise DomainMixError(f"cane_weights is {kind!r}", "use images, none or domains")
+    return share[None] if kind == "domains" else share[domain] if kind == "images" else torch.ones_like(share[domain])
+
 # %% ../nbs/26_losses.ipynb #8625fdfb
 def calibrated_entropy_loss(
     logits: Tensor,   # (B, n) domain scores of a fixed discriminator
-    weight: Tensor,   # (B,) for each image: the share of its domain in the training images
-) -> Tensor:          # scalar, 0 where undecided, at most ln n / n
+    weight: Tensor,   # of `cane_weights`
+) -> Tensor:          # scalar, 0 where undecided; with weights of at most 1, at most ln n / n
     "Calibrated negative entropy (CaNE), for the backbone."
     log_x = _log_probability(logits, "calibrated_entropy_loss")
     n = logits.shape[1]
+    if weight.ndim == 2:     # a weight for each domain: the sum over the domains has ln n within it
+        return (weight * log_x.exp() * (math.log(n) + log_x)).sum(1).mean() / n
     return (weight * (math.log(n) + (log_x.exp() * log_x).sum(1))).mean() / n

@@ -101,6 +101,10 @@ class DomainConfig(TrainConfig):
     ratio: int = 9  # with alternate iteration: steps of the backbone for each step of the discriminator
     feature: Literal["neck", "raw"] = "neck"  # input of the discriminator: after (neck) or before (raw) the BN neck
     domains: Literal["set", "camera"] = later_setting("set")  # what the discriminator tells apart: sets or cameras
+    # layers of the discriminator: deep (three hidden ones, as in DomainMix) or cane (one of 512, with dropout)
+    head: Literal["deep", "cane"] = later_setting("deep")
+    # loss cane: images count by the share of their domain (images), alike (none), or domains by theirs (domains)
+    cane_weights: Literal["images", "none", "domains"] = later_setting("images")
 
 # %% ../nbs/27_schedule.ipynb #2b0d5b59
 def discriminator_turns(config: TrainConfig) -> np.ndarray:

@@ -29,11 +29,12 @@ from domainmix.classifier import (
     ClassifierNet, compile_net, extra_losses, initial_classifier, mean_features, mean_over_views,
 )
 from .core import autocast, DomainMixError, fingerprint, from_dict, generator, pick_device, to_dict
-from .discriminator import Discriminator
+from .discriminator import Discriminator, HEADS
 from .distributed import all_gather_rows, mean_gradients
 from .loading import BatchLoader
 from domainmix.losses import (
-    calibrated_entropy_loss, discrimination_loss, domain_balance_loss, id_loss, kl_uniform_loss, triplet_loss,
+    calibrated_entropy_loss, cane_weights, discrimination_loss, domain_balance_loss, id_loss, kl_uniform_loss,
+    triplet_loss,
 )
 from .norms import from_domain_bn, to_ghost_bn
 from .optimiser import adam, make_ema, move_to_device, update_ema
@@ -97,7 +98,8 @@ def domain_terms(
         loss = discrimination_loss(scores, domain)
         return loss, dict(d=loss, d_accuracy=accuracy(scores, domain))
     scores = discriminator(feature)
-    if config.loss == "cane": loss = calibrated_entropy_loss(scores, discriminator.share[domain])
+    if config.loss == "cane":
+        loss = calibrated_entropy_loss(scores, cane_weights(discriminator.share, domain, config.cane_weights))
     else: loss = DOMAIN_LOSSES[config.loss](scores)
     return config.lambda_m * loss, dict(dm=loss)
 
@@ -183,7 +185,8 @@ def add_discriminator(
     count = torch.bincount(domain.cpu())
     state.uses_reversal = config.loss == "reverse"
     state.disc_lr_ratio = 100. if config.disc_lr is None else config.disc_lr / config.lr
-    state.discriminator = Discriminator(state.model.net.feature_dim, len(count), seed=seed).to(device)
+    head = Discriminator(state.model.net.feature_dim, len(count), seed=seed, **HEADS[config.head])
+    state.discriminator = head.to(device)
     state.discriminator.share.copy_(count / count.sum())
     state.disc_optimiser = adam(state.discriminator, config.lr, config.weight_decay, config.fused)
 

@@ -204,7 +204,7 @@ def _changed_rows(manifests: list[Path], record: dict) -> list[str]:
         known = {k: v for k, v in stored.items() if k in record and k != "seed" and v is not None}
         lines += setting_differences(known, {k: record[k] for k in known})
     chosen = record.get("net", {}).get("weights") == "auto"
-    own = "stage3.loss:", *["net.weights:"] * chosen        # each method has its own
+    own = "stage3.loss:", "stage3.domains:", "stage3.head:", *["net.weights:"] * chosen   # each method has its own
     return [line for line in lines if not line.startswith(own)]
 
 # %% ../../nbs/runs/02_folder.ipynb #16fcdf99

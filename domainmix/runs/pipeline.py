@@ -319,11 +319,6 @@ def _real_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
     if kind == "true" and inputs.real.pids() is None:
         faults.append(Fault(f"{flag('method')} {config.method} needs true labels of B, but some images have none",
                             f"choose another {flag('method')}, or give identities"))
-    if METHODS[config.method].loss and config.stage3.domains == "camera":
-        unknown = [name for name, part in (("A", inputs.synthetic), ("B", inputs.real))
-                   if part is not None and (part.records.camera < 0).any()]
-        faults += [Fault(f"{flag('stage3.domains')} is camera, but not all cameras of {name} are known",
-                         f"give {flag('pattern')} with a group camera, or leave it at set") for name in unknown]
     if not _needs_stage1(config): return faults
     cluster = getattr(config, config.labeller).cluster
     try: cluster.resolved(n)
@@ -334,6 +329,22 @@ def _real_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
     if kind == "refined" and n < config.lower:
         said = f"{flag('lower')} is {config.lower}, but B has only {n} images"
         faults.append(Fault(said, "lower it, or give more images"))
+    return faults
+
+# %% ../../nbs/runs/04_pipeline.ipynb #7befde88
+def _camera_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
+    "A discriminator of cameras, where cameras are unknown or there is a single one."
+    method = METHODS[config.method]
+    if not method.loss or config.stage3.domains != "camera": return []
+    parts = [("A", inputs.synthetic)] * method.synthetic + [("B", inputs.real)] * (method.labels != "none")
+    camera = {name: part.records.camera for name, part in parts if part is not None}
+    own = method.stage3.get("domains") == "camera"
+    remedy = f"or choose another {flag('method')}" if own else "or leave it at set"
+    what = f"{flag('method')} {config.method}" if own else f"{flag('stage3.domains')} is camera"
+    faults = [Fault(f"{what}: not all cameras of {name} are known", f"give {flag('pattern')} with a group camera, {remedy}")
+              for name, numbers in camera.items() if (numbers < 0).any()]
+    if not faults and camera and sum(len(np.unique(numbers)) for numbers in camera.values()) < 2:
+        faults.append(Fault(f"{what}: there is one camera only", f"give images of two or more, {remedy}"))
     return faults
 
 # %% ../../nbs/runs/04_pipeline.ipynb #869c3a03
@@ -365,6 +376,7 @@ def size_faults(
     "The settings for which the sets are too small."
     faults = _synthetic_size_faults(config, inputs)
     if inputs.real is not None: faults += _real_size_faults(config, inputs)
+    if not labels_only: faults += _camera_faults(config, inputs)
     if not faults and not labels_only: faults = _mixed_size_faults(config, inputs)
     return list(dict.fromkeys(faults))
 

@@ -61,7 +61,8 @@ WORLD_RANGES = {
 RANGES = {
     "seed": Range(-2**63, 2**63), "height": Range(1, 4096), "width": Range(1, 4096),
     "lower": COUNT, "upper": Range(1, 10**9), "net.width": Range(8, 512), "net.stripes": Range(1, 256),
-    "net.last_stride": Range(1, 2), **TRAINING_RANGES, **WORLD_RANGES,
+    "net.last_stride": Range(1, 2), "snr_stages": Range(1, 4), "snr_weights": WEIGHT, "snr_stripes": Range(1, 256),
+    **TRAINING_RANGES, **WORLD_RANGES,
 }
 
 # %% ../../nbs/runs/00_ranges.ipynb #d591f47a

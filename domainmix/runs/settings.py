@@ -27,6 +27,7 @@ from ..builtin import BUILTIN, builtin_differences, check_builtin_fits
 from ..backbone import _average_map
 from ..spcl import SpCLConfig
 from ..schedule import DomainConfig, TrainConfig
+from ..baselines.cane import CANE_STAGE3
 from ..baselines.labellers import LABELLERS
 from ..baselines.mmt import MMTConfig
 from ..baselines.clustering import PlainConfig
@@ -41,7 +42,7 @@ class InputConfig:
     target: str | None = None     # C, unseen, to test on: market1501:DIR, msmt17:DIR, ..., or world; may be left out
     run: str = "run"              # name of the run; its folder is DATA/runs/RUN
     # what is trained: only-a, directmix-initial, directmix, control, domainmix-db, domainmix-kl, domainmix-cane,
-    # domainmix-reverse, labelled, labelled-db, only-b, stage1, stage1-mmt or stage1-plain
+    # domainmix-reverse, labelled, labelled-db, only-b, cane, stage1, stage1-mmt or stage1-plain
     method: str = "domainmix-db"
     seed: int = 0                 # seed of all random numbers
     backbone: str = "small"       # small, resnet50[_ibn|_dualnorm], osnet[_ibn][_x0_25], timm:NAME; brings its settings
@@ -187,6 +188,7 @@ class Method:
     title: str        # its name in a table
     synthetic: bool = True       # is A trained on?
     labeller: str | None = None  # the labeller of stage 1; None: the run's
+    stage3: dict = field(default_factory=dict)   # other settings of stage 3 that it sets
 
     @property
     def last_stage(self) -> str:
@@ -207,6 +209,7 @@ METHODS = {
     "labelled": Method("true", None, "true labels of B"),
     "labelled-db": Method("true", "db", "true labels, DomainMix (DB)"),
     "only-b": Method("true", None, "Only B (true labels)", synthetic=False),
+    "cane": Method("none", "cane", "CaNE (cameras of A)", stage3=CANE_STAGE3),
     "stage1": Method("adapted", None, "stage 1 alone (SpCL)", labeller="spcl"),
     "stage1-mmt": Method("adapted", None, "stage 1 alone (MMT)", labeller="mmt"),
     "stage1-plain": Method("adapted", None, "stage 1 alone (plain clustering)", labeller="plain"),
@@ -267,7 +270,7 @@ def _check_real_sets(config: RunConfig) -> None:
     specs = dataset_specs(config, "real")
     if len(set(specs)) < len(specs):
         raise DomainMixError(f"a real set is given twice: {', '.join(config.real)}", "give each set once")
-    if config.method != "only-a" and not specs:
+    if METHODS[config.method].labels != "none" and not specs:
         raise DomainMixError(
             f"method {config.method!r} needs real images, but none are given",
             f"give {flag('real')} folder:DIR (or market1501:DIR, ..., world), or {flag('method')} only-a",
@@ -389,7 +392,7 @@ def validate_config(
     raise_faults(setting_faults(config))
     labeller = method.labeller or config.labeller
     filled_in = {"labeller": labeller, "stage3.loss": method.loss or config.stage3.loss,
-                 "net.weights": starting_weights(config)}
+                 "net.weights": starting_weights(config), **{f"stage3.{k}": v for k, v in method.stage3.items()}}
     return with_overrides(inherit_settings(config), filled_in)
 
 # %% ../../nbs/runs/00_settings.ipynb #6a58af63
