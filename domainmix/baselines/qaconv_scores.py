@@ -64,7 +64,7 @@ def compute_maps(
     return torch.from_numpy(maps)
 
 # %% ../../nbs/baselines/04_qaconv_scores.ipynb #3523dabd
-CPU_TILE = 2**25   # bytes of responses at once on a CPU, to stay in the cache
+CPU_TILE = 2**22   # bytes of responses at once on a CPU, to stay in the cache
 
 # %% ../../nbs/baselines/04_qaconv_scores.ipynb #a934c1c3
 def tile_side(
