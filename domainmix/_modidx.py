@@ -203,6 +203,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                                                                                              'domainmix/baselines/qaconv_training.py'),
                                                      'domainmix.baselines.qaconv_training.make_match_state': ( 'baselines/qaconv_training.html#make_match_state',
                                                                                                                'domainmix/baselines/qaconv_training.py'),
+                                                     'domainmix.baselines.qaconv_training.match_key': ( 'baselines/qaconv_training.html#match_key',
+                                                                                                        'domainmix/baselines/qaconv_training.py'),
                                                      'domainmix.baselines.qaconv_training.matching_epoch': ( 'baselines/qaconv_training.html#matching_epoch',
                                                                                                              'domainmix/baselines/qaconv_training.py'),
                                                      'domainmix.baselines.qaconv_training.matching_loss': ( 'baselines/qaconv_training.html#matching_loss',

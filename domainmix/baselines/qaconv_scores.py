@@ -118,7 +118,7 @@ class PairScores:
         "float32 (A, B); scores that are not finite, or of another shape, are refused."
         scores = self.compare(queries, gallery).float()
         if scores.shape != (len(queries), len(gallery)):
-            said = f"{len(queries)} queries and {len(gallery)} gallery images have scores of shape {tuple(scores.shape)}"
+            said = f"scores of shape {tuple(scores.shape)} for {len(queries)} queries and {len(gallery)} gallery images"
             raise DomainMixError(said, "give a score for each pair")
         if not scores.isfinite().all():
             raise DomainMixError("some scores of pairs are NaN or infinite", "check the weights of the matcher")

@@ -7,14 +7,13 @@ __all__ = ['RECIPES', 'N_NUMBERS', 'GREY', 'TO_YIQ', 'LOSS_HAS_FALLEN', 'QAConvC
            'turn_hue', 'paste_squares', 'augment_for_matching', 'focal_loss', 'pair_hinge_loss', 'ClassMemory',
            'nearest_classes', 'score_classes', 'SavedGraph', 'epoch_length', 'shuffled_batches', 'graph_batches',
            'MatchState', 'make_match_state', 'matching_loss', 'matching_step', 'adaptive_schedule', 'MatchBatches',
-           'matching_epoch', 'train_matcher']
+           'matching_epoch', 'match_key', 'train_matcher']
 
-# %% ../../nbs/baselines/05_qaconv_training.ipynb #138c94da
+# %% ../../nbs/baselines/05_qaconv_training.ipynb #5a55372f
 import itertools
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -385,7 +384,13 @@ def matching_epoch(
         run.add(len(label), **matching_step(state, image, label, lr, config))
     run.end_epoch(lr=float(rates[-1]))
 
-# %% ../../nbs/baselines/05_qaconv_training.ipynb #c24728f8
+# %% ../../nbs/baselines/05_qaconv_training.ipynb #517ca876
+def match_key(net: QAConvNet, data: TrainSet, config: QAConvConfig, seed: int) -> dict:
+    "What must be equal for a checkpoint to be resumed."
+    config = {k: v for k, v in to_dict(config).items() if k != "match_bytes"}
+    return dict(config=config, seed=seed, net=weights_key(net), data=data_key(data.images, data.label, data.camera))
+
+# %% ../../nbs/baselines/05_qaconv_training.ipynb #b8f693c0
 def train_matcher(
     net: QAConvNet,                            # to start from; a copy is trained
     data: TrainSet,                            # labelled images; those labelled -1 are left out
@@ -405,12 +410,13 @@ def train_matcher(
     steps, shape = epoch_length(config, data.label), config.schedule.replace("adaptive", "step")
     milestones = config.milestones if config.schedule == "step" else ()
     rates = lr_schedule(config.lr, config.epochs, steps, shape, milestones)
-    state, batches = make_match_state(net, config, data.n_classes, device), MatchBatches(data, config, seed, stage, device)
-    labels = data.label, data.camera
-    key = dict(config=to_dict(given), seed=seed, net=weights_key(net), data=data_key(data.images, *labels))
-    with StageRun(stage, config.epochs, config.epochs * steps, key, state.checkpoint_parts(), folder, log, device) as run:
+    state = make_match_state(net, config, data.n_classes, device)
+    batches, parts = MatchBatches(data, config, seed, stage, device), state.checkpoint_parts()
+    key = match_key(net, data, given, seed)
+    with StageRun(stage, config.epochs, config.epochs * steps, key, parts, folder, log, device) as run:
         for n in run:
-            factor, ended = adaptive_schedule([h["loss"] for h in run.history]) if config.schedule == "adaptive" else (1, 0)
+            losses = [line["loss"] for line in run.history] if config.schedule == "adaptive" else []
+            factor, ended = adaptive_schedule(losses)
             if ended: break
             matching_epoch(state, batches, rates[n] * factor, run)
     return state.net.eval(), run.history
