@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_matches', 'count_nearer', 'match_ranks', 'Ranking', 'no_feature_error', 'rank', 'RankedList', 'ranked_list',
-           'extract_features', 'evaluate', 'domain_probe', 'domain_directions']
+           'extract_features', 'compared_inputs', 'evaluate', 'domain_probe', 'domain_directions']
 
 # %% ../nbs/50_evaluation.ipynb #dcd0c623
 from collections.abc import Callable, Mapping, Sequence
@@ -305,6 +305,22 @@ def extract_features(
     features = embed_images(net.to(device), images, device, batch, flip, precision, feature)
     return unit_rows(features.cpu(), "features of the network").numpy()
 
+# %% ../nbs/50_evaluation.ipynb #20ab5e5b
+def compared_inputs(
+    net: torch.nn.Module,   # has `embed`; or a matcher, for which flip and feature have no meaning
+    query: torch.Tensor,    # uint8 (Q, 3, H, W)
+    gallery: torch.Tensor,  # uint8 (G, 3, H, W)
+    match_bytes: int = MATCH_BYTES,  # memory of a matcher, in bytes
+    batch: int = 256,       # images at once
+    **options,              # of `extract_features`
+) -> tuple:                 # features (Q, D), (G, D); from a matcher, `PairScores` and None
+    "What `rank` and `ranked_list` compare."
+    if not isinstance(net, QAConvNet):
+        return tuple(extract_features(net, images, batch, **options) for images in (query, gallery))
+    for images in (query, gallery): _check_images(images)
+    use = {k: v for k, v in options.items() if k in ("device", "precision")}
+    return match_images(net, query, gallery, memory=match_bytes, batch=min(batch, 64), **use), None
+
 # %% ../nbs/50_evaluation.ipynb #cfcdac5d
 def evaluate(
     net: torch.nn.Module,          # has `embed`; or a matcher, for which flip and feature have no meaning
@@ -327,11 +343,9 @@ def evaluate(
     if centre_cameras and (np.concatenate(cameras) < 0).all():
         raise DomainMixError("centring needs the cameras of the target, but none is known",
                              f"give {flag('pattern')} with a group camera, or leave {flag('centre_cameras')} out")
-    sides = query_images, gallery_images
-    if isinstance(net, QAConvNet):
-        if centre_cameras: raise no_feature_error()
-        q, g = match_images(net, *sides, device, match_bytes, min(batch, 64), precision), None
-    else: q, g = (extract_features(net, images, batch, device, flip, precision, feature) for images in sides)
+    if centre_cameras and isinstance(net, QAConvNet): raise no_feature_error()
+    options = dict(device=device, batch=batch, flip=flip, precision=precision, feature=feature, match_bytes=match_bytes)
+    q, g = compared_inputs(net, query_images, gallery_images, **options)
     own = find_same_files(query_records, query_images, gallery_records, gallery_images)
     if centre_cameras: q, g = camera_centre(np.concatenate([q, g]), np.concatenate(cameras)).split([len(q), len(g)])
     pids = query_records.pid, gallery_records.pid

@@ -23,7 +23,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 from .qaconv import QAConvNet
-from .qaconv_scores import match_images
+from .qaconv_scores import match_images, MATCH_BYTES
 from domainmix.batches import (
     AugmentConfig, augmentation_numbers, flip_and_shift, IdentityIndex, PKSampler, sample_images, TrainSet,
 )
@@ -71,7 +71,6 @@ class QAConvConfig:
     square: float = 0.8        # largest side of a white square, as a share of the shorter side of the image; 0: none
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # number format; auto: bf16 where the hardware supports it
     channels_last: Literal["auto", "on", "off"] = "auto"  # channels of a pixel side by side in memory; auto: on
-    match_bytes: int = 2**31   # memory for the responses of pairs, in bytes
 
     def resolved(self) -> "QAConvConfig":
         "The same settings; None is replaced by the value of the version."
@@ -266,6 +265,7 @@ class MatchState:
     net: QAConvNet
     optimiser: torch.optim.Optimizer
     memory: ClassMemory | None   # of version 1.0
+    match_bytes: int = MATCH_BYTES   # memory for the responses of pairs
 
     def checkpoint_parts(self) -> dict:
         "What a checkpoint holds: name -> something with a state_dict."
@@ -291,7 +291,7 @@ def matching_loss(
     config: QAConvConfig,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:   # the loss, its terms, the maps (B, 128, P)
     "The loss of a batch: with the class memory (1.0), or among its images (2.1)."
-    net, memory, half = state.net, state.memory, config.match_bytes // 2
+    net, memory, half = state.net, state.memory, state.match_bytes // 2
     with autocast(image.device, config.precision): maps = net(image)
     if memory is None:
         loss = pair_hinge_loss(net.score(maps, maps, half), label, config.margin)
@@ -375,7 +375,7 @@ def matching_epoch(
     config, epoch, saved = batches.config, len(run.history), SavedGraph()
     if config.batches == "graph":
         if not run.done:
-            args = batches.data, batches.index, batches.rng(epoch, "graph"), batches.device, config.match_bytes
+            args = batches.data, batches.index, batches.rng(epoch, "graph"), batches.device, state.match_bytes
             saved.batches = nearest_classes(score_classes(state.net, *args), config.p)
         run.keep_for_epoch(graph=saved)
     stream = batches(epoch, saved.batches, run.done)
@@ -387,8 +387,7 @@ def matching_epoch(
 # %% ../../nbs/baselines/05_qaconv_training.ipynb #517ca876
 def match_key(net: QAConvNet, data: TrainSet, config: QAConvConfig, seed: int) -> dict:
     "What must be equal for a checkpoint to be resumed."
-    config = {k: v for k, v in to_dict(config).items() if k != "match_bytes"}
-    return dict(config=config, seed=seed, net=weights_key(net), data=data_key(data.images, data.label, data.camera))
+    return dict(config=to_dict(config), seed=seed, net=weights_key(net), data=data_key(data.images, data.label, data.camera))
 
 # %% ../../nbs/baselines/05_qaconv_training.ipynb #b8f693c0
 def train_matcher(
@@ -401,6 +400,7 @@ def train_matcher(
     device: str | torch.device = "auto",
     folder: str | Path | None = None,          # for last.ckpt and log.jsonl; a checkpoint there is resumed
     log: Callable[..., object] | None = None,  # called with the numbers of each epoch
+    match_bytes: int = MATCH_BYTES,            # memory for the responses of pairs; it changes no result
 ) -> tuple[QAConvNet, list[dict]]:             # in eval mode, and the numbers of each epoch
     "Train a matcher."
     if rank_and_size()[1] > 1:
@@ -411,6 +411,7 @@ def train_matcher(
     milestones = config.milestones if config.schedule == "step" else ()
     rates = lr_schedule(config.lr, config.epochs, steps, shape, milestones)
     state = make_match_state(net, config, data.n_classes, device)
+    state.match_bytes = match_bytes
     batches, parts = MatchBatches(data, config, seed, stage, device), state.checkpoint_parts()
     key = match_key(net, data, given, seed)
     with StageRun(stage, config.epochs, config.epochs * steps, key, parts, folder, log, device) as run:

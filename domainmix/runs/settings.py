@@ -30,6 +30,9 @@ from ..schedule import DomainConfig, TrainConfig
 from ..baselines.labellers import LABELLERS
 from ..baselines.mmt import MMTConfig
 from ..baselines.clustering import PlainConfig
+from ..baselines.qaconv import MATCHER_BODIES
+from ..baselines.qaconv_scores import MATCH_BYTES
+from ..baselines.qaconv_training import QAConvConfig
 from .ranges import Fault, _keep_nonfinite, _nonfinite, numeric_settings, raise_faults, range_faults
 
 # %% ../../nbs/runs/00_settings.ipynb #2c4dbed2
@@ -41,7 +44,7 @@ class InputConfig:
     target: str | None = None     # C, unseen, to test on: market1501:DIR, msmt17:DIR, ..., or world; may be left out
     run: str = "run"              # name of the run; its folder is DATA/runs/RUN
     # what is trained: only-a, directmix-initial, directmix, control, domainmix-db, domainmix-kl, domainmix-cane,
-    # domainmix-reverse, labelled, labelled-db, only-b, stage1, stage1-mmt or stage1-plain
+    # domainmix-reverse, labelled, labelled-db, only-b, qaconv, stage1, stage1-mmt or stage1-plain
     method: str = "domainmix-db"
     seed: int = 0                 # seed of all random numbers
     backbone: str = "small"       # small, resnet50[_ibn|_dualnorm], osnet[_ibn][_x0_25], timm:NAME; brings its settings
@@ -58,6 +61,7 @@ class InputConfig:
     data: str = "data"            # folder of runs/, of the world and of the decoded images
     # keep what more epochs of a finished stage could continue from: with schedule step, about 3 times the weights
     keep_state: bool = later_setting(True)
+    match_bytes: int = later_setting(MATCH_BYTES)  # memory of a matcher (method qaconv) in bytes; it changes no result
 
 # %% ../../nbs/runs/00_settings.ipynb #99b8a8f7
 @dataclass
@@ -78,10 +82,11 @@ class RunConfig(InputConfig):
     plain: PlainConfig = field(default_factory=PlainConfig)  # stage 1 by clustering and fine-tuning (--labeller plain)
     stage2: TrainConfig = field(default_factory=TrainConfig)     # stage 2: training on A and B together
     stage3: DomainConfig = field(default_factory=DomainConfig)   # stage 3: training against the domain discriminator
+    qaconv: QAConvConfig = field(default_factory=QAConvConfig)   # the matcher of the method qaconv
     world: WorldConfig = field(default_factory=WorldConfig)      # the embedded world, for a data set called world
 
 # %% ../../nbs/runs/00_settings.ipynb #293c3477
-RESULT_NEUTRAL = ("run", "data", "device", "version", "update", "fresh", "keep_state")  # settings that change no result
+RESULT_NEUTRAL = ("run", "data", "device", "version", "update", "fresh", "keep_state", "match_bytes")  # settings that change no result
 
 # %% ../../nbs/runs/00_settings.ipynb #def0ed2d
 def run_folder(config: RunConfig) -> Path:
@@ -111,6 +116,7 @@ SMALL_SETTINGS = {
     "spcl": {**SMALL_STAGE1, "domain_bn": False, "outliers": "negative", "refresh": True},
     "mmt": {**SMALL_STAGE1, "ema": 0.99},
     "plain": SMALL_STAGE1,
+    "qaconv": {"epochs": 9, "iterations": 100, "lr": 0.05, "body_lr": 1.0, "schedule": "cosine", "freeze_bn": "off"},
     "stage2": {"epochs": 4, "iterations": 125, "lr": 2e-3, "schedule": "cosine", "balance": "domain", "lambda_id": 1.0,
                "init_classifier": "means", "warmup": 0.3, "ema": 0.99},
     "stage3": {"epochs": 8, "iterations": 40, "lr": 3e-4, "disc_lr": 3e-3, "schedule": "cosine", "balance": "domain",
@@ -187,6 +193,7 @@ class Method:
     title: str        # its name in a table
     synthetic: bool = True       # is A trained on?
     labeller: str | None = None  # the labeller of stage 1; None: the run's
+    matcher: bool = False        # its one stage trains a matcher, which compares pairs and has no feature
 
     @property
     def last_stage(self) -> str:
@@ -207,6 +214,7 @@ METHODS = {
     "labelled": Method("true", None, "true labels of B"),
     "labelled-db": Method("true", "db", "true labels, DomainMix (DB)"),
     "only-b": Method("true", None, "Only B (true labels)", synthetic=False),
+    "qaconv": Method("none", None, "QAConv", matcher=True),
     "stage1": Method("adapted", None, "stage 1 alone (SpCL)", labeller="spcl"),
     "stage1-mmt": Method("adapted", None, "stage 1 alone (MMT)", labeller="mmt"),
     "stage1-plain": Method("adapted", None, "stage 1 alone (plain clustering)", labeller="plain"),
@@ -235,6 +243,7 @@ def inherit_settings(config: RunConfig) -> RunConfig:
     "The config with the precision, memory layout and form of Adam of the run in every stage, unless they are auto."
     given = {name: getattr(config, name) for name in INHERITED}
     changes = {f"{s}.{name}": value for s in TRAINING_SECTIONS for name, value in given.items() if value != "auto"}
+    changes |= {f"qaconv.{k}": given[k] for k in ("precision", "channels_last") if given[k] != "auto"}
     return with_overrides(config, changes)
 
 # %% ../../nbs/runs/00_settings.ipynb #4685f159
@@ -267,7 +276,7 @@ def _check_real_sets(config: RunConfig) -> None:
     specs = dataset_specs(config, "real")
     if len(set(specs)) < len(specs):
         raise DomainMixError(f"a real set is given twice: {', '.join(config.real)}", "give each set once")
-    if config.method != "only-a" and not specs:
+    if METHODS[config.method].labels != "none" and not specs:
         raise DomainMixError(
             f"method {config.method!r} needs real images, but none are given",
             f"give {flag('real')} folder:DIR (or market1501:DIR, ..., world), or {flag('method')} only-a",
@@ -354,6 +363,18 @@ def _caught(check: Callable, *arguments: Any) -> list[Fault]:
     except DomainMixError as e: return [Fault(e.what, e.remedy)]
     return []
 
+# %% ../../nbs/runs/00_settings.ipynb #b1b41df5
+def _matcher_faults(config: RunConfig) -> list[Fault]:
+    "A backbone that cannot be a matcher's body, or a training that is too long."
+    c, faults = config.qaconv, []
+    if not config.net.name.startswith(MATCHER_BODIES):
+        faults.append(Fault(f"{flag('method')} is {config.method}, and {flag('backbone')} is {config.net.name}",
+                            f"choose the backbone {' or '.join(MATCHER_BODIES)}"))
+    if c.epochs * c.iterations > MOST_STEPS:
+        faults.append(Fault(f"{flag('qaconv.epochs')} x {flag('qaconv.iterations')} is {c.epochs * c.iterations:,} steps",
+                            f"give at most {MOST_STEPS:,}"))
+    return faults
+
 # %% ../../nbs/runs/00_settings.ipynb #cca3c291
 def setting_faults(
     config: RunConfig,
@@ -369,6 +390,7 @@ def setting_faults(
     between = [*_order_faults(config), *_cluster_faults(config), *_length_faults(config), *_weights_faults(config)]
     named = " ".join(fault.what for fault in outside)     # a number that is wrong by itself is not reported twice
     faults += outside + [f for f in between if f.what.split(" is ")[0] not in named]
+    if method.matcher: faults += _matcher_faults(config)
     if not outside: faults += _caught(_check_body_config, config.net) or _image_size_faults(config)
     return faults
 
@@ -376,6 +398,7 @@ def setting_faults(
 def starting_weights(config: RunConfig) -> str:
     "`net.weights`; in place of auto, builtin where the network in the package fits, else none."
     if config.net.weights != "auto": return config.net.weights
+    if METHODS[config.method].matcher: return "none"    # the built-in network is no matcher
     fits = METHODS[config.method].synthetic and not builtin_differences(config.net, config.height, config.width)
     return BUILTIN if fits else "none"
 
@@ -399,7 +422,7 @@ TINY_DOMAIN = {
 TINY_SETTINGS = {
     "height": 32, "width": 16, "net": {"width": 8, "stripes": 2, "view": "whole", "parts": False, "weights": "none"},
     "lower": 2,
-    **{s: {"epochs": 2, "iterations": 3, "p": 4, "k": 2} for s in TRAINING_SECTIONS},
+    **{s: {"epochs": 2, "iterations": 3, "p": 4, "k": 2} for s in (*TRAINING_SECTIONS, "qaconv")},
     "world": {"height": 32, "width": 16, "held_out": 0.0, "a": TINY_DOMAIN, "b": TINY_DOMAIN, "c": TINY_DOMAIN},
 }
 
