@@ -190,15 +190,17 @@ def no_feature_error() -> DomainMixError:
                           f"evaluate it, rank with it, or train a model with another {flag('method')}")
 
 # %% ../nbs/50_evaluation.ipynb #f3097322
-def _distances(query, gallery, known: torch.Tensor, rerank: RerankConfig | None = None) -> Callable:
+def _distances(query, gallery, known: torch.Tensor, own: np.ndarray | None, rerank: RerankConfig | None) -> Callable:
     "Query indices -> distances (B, G) to the gallery images that are `known`; from features, or from scores of pairs."
     if isinstance(query, PairScores):
         if rerank: raise no_feature_error()
         rows = known.nonzero()[:, 0]
-        return lambda part: query(part, rows).neg()
-    gallery = gallery if known.all() else gallery[known]
-    if rerank: return reranked_distances(query, gallery, rerank)
-    return lambda part: row_products(query[part], gallery).neg_()
+        distances = lambda part: query(part, rows).neg()
+    else:
+        gallery = gallery if known.all() else gallery[known]
+        by_features = lambda part: row_products(query[part], gallery).neg_()
+        distances = reranked_distances(query, gallery, rerank) if rerank else by_features
+    return distances if own is None or not len(own) else _without_own_files(distances, own, known)
 
 # %% ../nbs/50_evaluation.ipynb #bb009952
 def _without_own_files(
@@ -238,8 +240,7 @@ def rank(
     known = g_pid >= 0
     if not known.all(): g_camera, g_pid = g_camera[known], g_pid[known]
     if not torch.isin(q_pid, g_pid).any(): return _mean_over_queries(*np.zeros((4, len(q_pid))), topk)   # an error
-    distances = _distances(query, gallery, known, rerank)
-    if own is not None and len(own): distances = _without_own_files(distances, own, known)
+    distances = _distances(query, gallery, known, own, rerank)
     scores = _score_queries(distances, chunk or max(1, 2**22 // max(1, len(g_pid))), q_pid, q_camera, g_pid, g_camera)
     return _mean_over_queries(*scores, topk)
 
@@ -266,9 +267,7 @@ def ranked_list(
     "The first answers to each query, and which of them are right."
     inputs = _check_inputs(query, gallery, query_pid, gallery_pid, query_camera, gallery_camera)
     query, gallery, q_pid, q_camera, g_pid, g_camera = inputs
-    everything = torch.ones_like(g_pid).bool()
-    distances = _distances(query, gallery, everything)
-    if own is not None and len(own): distances = _without_own_files(distances, own, everything)
+    distances = _distances(query, gallery, torch.ones_like(g_pid).bool(), own, None)
     parts, size = [], max(1, 2**22 // len(g_pid))
     for part in torch.arange(len(q_pid), device=query.device).split(size):
         with exact_matmul(query.device): s = -distances(part)
@@ -321,6 +320,14 @@ def compared_inputs(
     use = {k: v for k, v in options.items() if k in ("device", "precision")}
     return match_images(net, query, gallery, memory=match_bytes, batch=min(batch, 64), **use), None
 
+# %% ../nbs/50_evaluation.ipynb #b5ef957e
+def _check_centring(net: torch.nn.Module, cameras: tuple[np.ndarray, np.ndarray]) -> None:
+    "Refuse to centre where no camera is known, and where there is no feature."
+    if (np.concatenate(cameras) < 0).all():
+        raise DomainMixError("centring needs the cameras of the target, but none is known",
+                             f"give {flag('pattern')} with a group camera, or leave {flag('centre_cameras')} out")
+    if isinstance(net, QAConvNet): raise no_feature_error()
+
 # %% ../nbs/50_evaluation.ipynb #cfcdac5d
 def evaluate(
     net: torch.nn.Module,          # has `embed`; or a matcher, for which flip and feature have no meaning
@@ -339,16 +346,12 @@ def evaluate(
     match_bytes: int = MATCH_BYTES,  # memory of a matcher, in bytes
 ) -> dict[str, float]:             # mAP, rank1, rank5, rank10, mINP, mAP_trapezoid, queries, skipped
     "The scores of a network on a data set."
-    cameras = query_records.camera, gallery_records.camera
-    if centre_cameras and (np.concatenate(cameras) < 0).all():
-        raise DomainMixError("centring needs the cameras of the target, but none is known",
-                             f"give {flag('pattern')} with a group camera, or leave {flag('centre_cameras')} out")
-    if centre_cameras and isinstance(net, QAConvNet): raise no_feature_error()
+    pids, cameras = ([getattr(r, name) for r in (query_records, gallery_records)] for name in ("pid", "camera"))
+    if centre_cameras: _check_centring(net, cameras)
     options = dict(device=device, batch=batch, flip=flip, precision=precision, feature=feature, match_bytes=match_bytes)
     q, g = compared_inputs(net, query_images, gallery_images, **options)
     own = find_same_files(query_records, query_images, gallery_records, gallery_images)
     if centre_cameras: q, g = camera_centre(np.concatenate([q, g]), np.concatenate(cameras)).split([len(q), len(g)])
-    pids = query_records.pid, gallery_records.pid
     return call_on_rank0(lambda: rank(q, g, *pids, *cameras, topk, rerank=rerank, own=own).metrics())
 
 # %% ../nbs/50_evaluation.ipynb #abda78fa

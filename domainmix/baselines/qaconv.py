@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAP_CHANNELS', 'MATCHER_VERSIONS', 'MATCHER_BODIES', 'best_responses', 'responses_in_parts', 'MatchHead',
-           'FoldedHead', 'fold_head', 'add_ibn_b', 'matcher_body', 'QAConvNet', 'wrong_size_error', 'check_maps',
-           'build_matcher', 'load_matcher_state']
+           'FoldedHead', 'fold_head', 'add_ibn_b', 'matcher_body', 'map_conv', 'QAConvNet', 'wrong_size_error',
+           'check_maps', 'build_matcher', 'load_matcher_state']
 
 # %% ../../nbs/baselines/04_qaconv.ipynb #91b91ea9
 from dataclasses import replace
@@ -121,24 +121,28 @@ def matcher_body(
     body = build_backbone(whole, seed).body[:-1]
     return add_ibn_b(body) if version == "2.1" and config.name == "resnet50" else body
 
+# %% ../../nbs/baselines/04_qaconv.ipynb #ed9e2e71
+def map_conv(
+    channels: int,   # of the body
+    bias: bool,
+    seed: int = 0,
+) -> nn.Conv2d:      # (B, channels, h, w) -> (B, 128, h, w)
+    "The 3 x 3 convolution behind a body, with torch's own range of initial weights."
+    with torch.random.fork_rng(devices=[]): conv = nn.Conv2d(channels, MAP_CHANNELS, 3, 1, 1, bias=bias)
+    rng, bound = generator(seed, "matcher", "conv"), (9 * channels)**-.5
+    for p in conv.parameters(): nn.init.uniform_(p, -bound, bound, generator=rng)
+    return conv
+
 # %% ../../nbs/baselines/04_qaconv.ipynb #4ea83187
 class QAConvNet(nn.Module):
     "Makes the map of an image, and compares the maps of two images."
     layout = torch.channels_last
 
-    def __init__(
-        self,
-        body: nn.Module,          # (B, 3, H, W) -> (B, C, h, w)
-        size: tuple[int, int],    # H and W of its images
-        version: str = "1.0",     # or 2.1
-        seed: int = 0,            # of the new layers
-    ):
-        super().__init__()
+    def __init__(self, body: nn.Module, size: tuple[int, int], version: str = "1.0", seed: int = 0):
+        super().__init__()         # body: (B, 3, H, W) -> (B, C, h, w); size: H and W of its images
         with torch.no_grad(): _, channels, *self.grid = body.eval()(torch.zeros(1, 3, *size)).shape
-        plain, rng = version == "2.1", generator(seed, "matcher", "conv")
-        self.body, self.size, self.version = body, tuple(size), version
-        with torch.random.fork_rng(devices=[]): self.conv = nn.Conv2d(channels, MAP_CHANNELS, 3, 1, 1, bias=plain)
-        for p in self.conv.parameters(): nn.init.uniform_(p, *(v * (9 * channels)**-.5 for v in (-1, 1)), generator=rng)
+        self.body, self.size, self.version, plain = body, tuple(size), version, version == "2.1"
+        self.conv = map_conv(channels, plain, seed)
         self.norm = nn.Identity() if plain else nn.BatchNorm2d(MAP_CHANNELS)
         self.head = MatchHead(self.grid[0] * self.grid[1], plain, seed)
         for name, value in (("mean", MEAN), ("std", STD)): self.register_buffer(name, value.clone(), persistent=False)

@@ -61,7 +61,6 @@ class InputConfig:
     data: str = "data"            # folder of runs/, of the world and of the decoded images
     # keep what more epochs of a finished stage could continue from: with schedule step, about 3 times the weights
     keep_state: bool = later_setting(True)
-    match_bytes: int = later_setting(MATCH_BYTES)  # memory of a matcher (method qaconv) in bytes; it changes no result
 
 # %% ../../nbs/runs/00_settings.ipynb #99b8a8f7
 @dataclass
@@ -75,6 +74,7 @@ class RunConfig(InputConfig):
     feature: Literal["neck", "raw"] = "neck"
     flip: bool = False       # evaluate on the mean feature of an image and its mirror image
     all_stages: bool = True  # evaluate the network of every stage, not only the last
+    match_bytes: int = later_setting(MATCH_BYTES)  # memory of a matcher (method qaconv) in bytes; it changes no result
     net: BackboneConfig = field(default_factory=BackboneConfig)  # the network
     pretrain: TrainConfig = field(default_factory=TrainConfig)   # stage 0: training on A alone, if net.weights is none
     spcl: SpCLConfig = field(default_factory=SpCLConfig)  # stage 1 by SpCL: pseudo labels for B (--labeller spcl)
@@ -86,7 +86,8 @@ class RunConfig(InputConfig):
     world: WorldConfig = field(default_factory=WorldConfig)      # the embedded world, for a data set called world
 
 # %% ../../nbs/runs/00_settings.ipynb #293c3477
-RESULT_NEUTRAL = ("run", "data", "device", "version", "update", "fresh", "keep_state", "match_bytes")  # settings that change no result
+# settings that change no result
+RESULT_NEUTRAL = ("run", "data", "device", "version", "update", "fresh", "keep_state", "match_bytes")
 
 # %% ../../nbs/runs/00_settings.ipynb #def0ed2d
 def run_folder(config: RunConfig) -> Path:
@@ -366,12 +367,12 @@ def _caught(check: Callable, *arguments: Any) -> list[Fault]:
 # %% ../../nbs/runs/00_settings.ipynb #b1b41df5
 def _matcher_faults(config: RunConfig) -> list[Fault]:
     "A backbone that cannot be a matcher's body, or a training that is too long."
-    c, faults = config.qaconv, []
+    steps, faults = config.qaconv.epochs * config.qaconv.iterations, []
     if not config.net.name.startswith(MATCHER_BODIES):
         faults.append(Fault(f"{flag('method')} is {config.method}, and {flag('backbone')} is {config.net.name}",
                             f"choose the backbone {' or '.join(MATCHER_BODIES)}"))
-    if c.epochs * c.iterations > MOST_STEPS:
-        faults.append(Fault(f"{flag('qaconv.epochs')} x {flag('qaconv.iterations')} is {c.epochs * c.iterations:,} steps",
+    if steps > MOST_STEPS:
+        faults.append(Fault(f"{flag('qaconv.epochs')} x {flag('qaconv.iterations')} is {steps:,} steps",
                             f"give at most {MOST_STEPS:,}"))
     return faults
 
