@@ -7,7 +7,8 @@ __all__ = ['RECIPES', 'N_NUMBERS', 'GREY', 'TO_YIQ', 'LOSS_HAS_FALLEN', 'MatchSc
            'rotate_images', 'jitter_colours', 'turn_hue', 'paste_squares', 'augment_for_matching', 'focal_loss',
            'pair_hinge_loss', 'ClassMemory', 'nearest_classes', 'score_classes', 'SavedGraph', 'epoch_length',
            'shuffled_batches', 'graph_batches', 'MatchState', 'make_match_state', 'matching_loss', 'matching_step',
-           'adaptive_schedule', 'draw_batches', 'MatchBatches', 'matching_epoch', 'match_key', 'train_matcher']
+           'adaptive_schedule', 'draw_batches', 'MatchBatches', 'matching_epoch', 'match_key', 'match_rates',
+           'match_epochs', 'train_matcher']
 
 # %% ../../nbs/baselines/05_qaconv_training.ipynb #5a55372f
 import itertools
@@ -275,7 +276,7 @@ class MatchState:
     net: QAConvNet
     optimiser: torch.optim.Optimizer
     memory: ClassMemory | None   # of version 1.0
-    match_bytes: int = MATCH_BYTES   # memory for the responses of pairs
+    match_bytes: int             # memory for the responses of pairs
 
     def checkpoint_parts(self) -> dict:
         "What a checkpoint holds: name -> something with a state_dict."
@@ -283,7 +284,9 @@ class MatchState:
         return {name: part for name, part in parts.items() if part is not None}
 
 # %% ../../nbs/baselines/05_qaconv_training.ipynb #045236d9
-def make_match_state(net: QAConvNet, config: QAConvConfig, n_classes: int, device: torch.device) -> MatchState:
+def make_match_state(
+    net: QAConvNet, config: QAConvConfig, n_classes: int, device: torch.device, match_bytes: int,
+) -> MatchState:
     "Network, optimiser and memory at the start of a stage; the network is copied."
     net = move_to_device(deepcopy(net), device, config.channels_last)
     body = list(net.body.parameters())
@@ -291,7 +294,7 @@ def make_match_state(net: QAConvNet, config: QAConvConfig, n_classes: int, devic
     groups = [dict(params=body, share=config.body_lr), dict(params=rest, share=1.)]
     optimiser = torch.optim.SGD(groups, config.lr, momentum=.9, nesterov=True, weight_decay=config.weight_decay)
     memory = ClassMemory(n_classes, net.conv.out_channels, net.head.positions).to(device)
-    return MatchState(net, optimiser, memory if config.version == "1.0" else None)
+    return MatchState(net, optimiser, memory if config.version == "1.0" else None, match_bytes)
 
 # %% ../../nbs/baselines/05_qaconv_training.ipynb #fd0d8d73
 def matching_loss(
@@ -406,6 +409,22 @@ def match_key(net: QAConvNet, data: TrainSet, config: QAConvConfig, seed: int) -
     images = data_key(data.images, data.label, data.camera)
     return dict(config=to_dict(config), seed=seed, net=weights_key(net), data=images)
 
+# %% ../../nbs/baselines/05_qaconv_training.ipynb #88529563
+def match_rates(config: QAConvConfig, steps: int) -> np.ndarray:
+    "The learning rate of every step (epochs, steps); the schedule adaptive changes it later."
+    milestones = config.milestones if config.schedule == "step" else ()
+    shape = "cosine" if config.schedule == "cosine" else "step"
+    return lr_schedule(config.lr, config.epochs, steps, shape, milestones)
+
+# %% ../../nbs/baselines/05_qaconv_training.ipynb #2959856b
+def match_epochs(state: MatchState, batches: MatchBatches, rates: np.ndarray, run: StageRun) -> None:
+    "The epochs that are left, to the end or until the schedule adaptive ends them."
+    is_adaptive = batches.config.schedule == "adaptive"
+    for n in run:
+        factor, ended = adaptive_schedule([line["loss"] for line in run.history] if is_adaptive else [])
+        if ended: break
+        matching_epoch(state, batches, rates[n] * factor, run)
+
 # %% ../../nbs/baselines/05_qaconv_training.ipynb #b8f693c0
 def train_matcher(
     net: QAConvNet,                            # to start from; a copy is trained
@@ -423,18 +442,10 @@ def train_matcher(
     if rank_and_size()[1] > 1:
         raise DomainMixError("a matcher is trained by one process", "start the run without torchrun")
     device, given = pick_device(device), from_dict(QAConvConfig, to_dict(config))   # reports a wrong setting by name
-    config = given.resolved()
-    steps, shape = epoch_length(config, data.label), config.schedule.replace("adaptive", "step")
-    milestones = config.milestones if config.schedule == "step" else ()
-    rates = lr_schedule(config.lr, config.epochs, steps, shape, milestones)
-    state = make_match_state(net, config, data.n_classes, device)
-    state.match_bytes = match_bytes
+    config, key = given.resolved(), match_key(net, data, given, seed)
+    rates = match_rates(config, epoch_length(config, data.label))
+    state = make_match_state(net, config, data.n_classes, device, match_bytes)
     batches, parts = MatchBatches(data, config, seed, stage, device), state.checkpoint_parts()
-    key = match_key(net, data, given, seed)
-    with StageRun(stage, config.epochs, config.epochs * steps, key, parts, folder, log, device) as run:
-        for n in run:
-            losses = [line["loss"] for line in run.history] if config.schedule == "adaptive" else []
-            factor, ended = adaptive_schedule(losses)
-            if ended: break
-            matching_epoch(state, batches, rates[n] * factor, run)
+    with StageRun(stage, config.epochs, rates.size, key, parts, folder, log, device) as run:
+        match_epochs(state, batches, rates, run)
     return state.net.eval(), run.history
