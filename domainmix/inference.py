@@ -6,8 +6,8 @@
 __all__ = ['IMAGE_FORMS', 'KNOWN_COLUMNS', 'last_network', 'find_net', 'open_net', 'containing_run', 'model_settings',
            'model_name', 'split_array', 'list_path', 'list_images', 'to_pillow', 'resize_image', 'range_in_memory',
            'list_bits', 'decode_list', 'Model', 'load', 'embed', 'ensure_suffix', 'csv_quote', 'known_columns',
-           'image_table', 'write_features', 'embed_to_file', 'evaluate_model', 'saved_architecture', 'tune',
-           'add_metric']
+           'image_table', 'write_features', 'embed_to_file', 'evaluate_model', 'PairModel', 'load_matcher',
+           'saved_architecture', 'tune', 'add_metric']
 
 # %% ../nbs/60_inference.ipynb #50c0830e
 import os
@@ -24,7 +24,9 @@ from PIL import Image
 from .backbone import ReIDNet, fit_config
 from .core import DomainMixError, pick_device, to_dict, with_overrides
 from .datasets import read_dataset
-from .evaluation import extract_features
+from .baselines.qaconv import QAConvNet
+from .baselines.qaconv_scores import match_images, MATCH_BYTES
+from .evaluation import extract_features, no_feature_error
 from .files import save_weights, write_atomic
 from .images import decode_files, unreadable_images_text
 from .metric import learn_metric
@@ -77,10 +79,14 @@ def open_net(
     model: str | Path,  # what `find_net` finds
     config: RunConfig | None = None,  # the architecture, for a file without it
     data: str | Path = "data",
-) -> tuple[ReIDNet, int, int]:
+    matcher: bool | None = False,  # must it be a matcher? None: it may be one
+) -> tuple[ReIDNet | QAConvNet, int, int]:
     "The network that `model` names, and the height and width of its images."
     net, height, width = load_net(find_net(model, data), config.net if config else None)
-    config = config or RunConfig()
+    is_matcher, config = isinstance(net, QAConvNet), config or RunConfig()
+    if is_matcher and matcher is False: raise no_feature_error()
+    if matcher and not is_matcher:
+        raise DomainMixError(f"{model} is no matcher: it gives each image a feature", "use `load` and `embed`")
     return net, height or config.height, width or config.width
 
 # %% ../nbs/60_inference.ipynb #8206a46d
@@ -404,13 +410,45 @@ def evaluate_model(
     **options: Any,  # of `evaluate`: centre_cameras, rerank
 ) -> dict:
     "Scores of a trained network on a target."
-    net, height, width = open_net(model, config, data)
+    net, height, width = open_net(model, config, data, matcher=None)
     settings = model_settings(model, data, feature=feature, flip=flip, device=device)
     reading = configure(
         target=target, pattern=pattern, height=height, width=width, skip_bad=skip_bad, data=data, world=settings.world,
         aspect=settings.aspect)
     inputs = read_inputs(reading, ("target",))
-    return measure_ranking(inputs.query, inputs.gallery, net, **feature_options(settings), **options)
+    use = {**feature_options(settings), "match_bytes": settings.match_bytes, **options}
+    return measure_ranking(inputs.query, inputs.gallery, net, **use)
+
+# %% ../nbs/60_inference.ipynb #863c31b9
+@dataclass(repr=False)
+class PairModel:
+    "A trained matcher and all that is needed to compare images with it."
+    net: QAConvNet
+    device: str  # auto, cpu, cuda, xpu or mps
+    source: str  # run/stage, or the file's name
+    aspect: str = "stretch"  # or letterbox
+    match_bytes: int = MATCH_BYTES  # memory of a comparison
+
+    def __repr__(self) -> str:
+        return f"PairModel({self.source}: compares images of {self.net.size[0]} x {self.net.size[1]} pixels)"
+
+    def score(self, query: Any, gallery: Any) -> np.ndarray:
+        "float32 (Q, G), the score of each pair; images in every form that `embed` takes."
+        lists = [list_images(images) for images in (query, gallery)]
+        q, g = (decode_list(images, *self.net.size, aspect=self.aspect) for images in lists)
+        scores = match_images(self.net, q, g, self.device, self.match_bytes)
+        return scores(torch.arange(len(q)), torch.arange(len(g))).cpu().numpy()
+
+# %% ../nbs/60_inference.ipynb #57982211
+def load_matcher(
+    model: str | Path,  # a run's name or folder, a stage's folder, or a file
+    data: str | Path = "data",  # the folder in which a run's name is looked up
+    device: str = "auto",  # auto, cpu, cuda, xpu or mps
+) -> PairModel:
+    "Load a trained matcher."
+    pick_device(device)
+    net, config = open_net(model, data=data, matcher=True)[0], model_settings(model, data)
+    return PairModel(net.eval(), device, model_name(find_net(model, data)), config.aspect, config.match_bytes)
 
 # %% ../nbs/60_inference.ipynb #5250e779
 def saved_architecture(

@@ -30,7 +30,7 @@ from .inputs import Inputs, Split, read_inputs
 from .folder import Stage, config_record, prepare_run_folder, run_stage
 from domainmix.runs.stages import (
     N_PROBE, feature_options, load_net, measure_domain_probe, measure_ranking, refine_labels, rewrite_net_headers,
-    stage0, stage1, stage2, stage3,
+    stage0, stage1, stage2, stage3, stage_matcher,
 )
 
 # %% ../../nbs/runs/04_pipeline.ipynb #1507402d
@@ -133,6 +133,14 @@ def _plan_stage3(planner: RunPlanner, two: Stage, labels: Stage | None) -> Stage
     settings = {"stage3": config.stage3, **_label_settings(planner)}
     return planner.new_stage("stage3", variant, make, settings, two, section="stage3")
 
+# %% ../../nbs/runs/04_pipeline.ipynb #2ee1ea5c
+def _plan_matcher(planner: RunPlanner) -> Stage:
+    "The only stage of a method with a matcher: train it on A."
+    config, inputs = planner.config, planner.inputs
+    settings = {"net": config.net, "weights": pretrained_key(config), "qaconv": config.qaconv}
+    make = lambda folder, log: stage_matcher(config, inputs, folder, log)
+    return planner.new_stage("stage2", config.method, make, settings, section="qaconv")
+
 # %% ../../nbs/runs/04_pipeline.ipynb #dc092041
 def plan_stages(
     config: RunConfig,     # validated
@@ -142,6 +150,7 @@ def plan_stages(
 ) -> list[Stage]:
     "The stages of one run that make networks and labels, in order."
     planner, method = RunPlanner(config, inputs, Path(store), shared), METHODS[config.method]
+    if method.matcher: return [_plan_matcher(planner)]
     start = _plan_stage0(planner)
     stages, labels = [start], None
     if _needs_stage1(config):
@@ -160,7 +169,8 @@ def plan_stages(
 def _plan_ranking(net: Stage, config: RunConfig, inputs: Inputs, options: dict) -> Stage:
     "The stage that ranks the target with the network of a stage."
     def make(folder):
-        scores = measure_ranking(inputs.query, inputs.gallery, load_net(net.folder)[0], **feature_options(config))
+        use = {**feature_options(config), "match_bytes": config.match_bytes}
+        scores = measure_ranking(inputs.query, inputs.gallery, load_net(net.folder)[0], **use)
         save_json(folder/"scores.json", scores)
     settings = {"query": inputs.query.key, "gallery": inputs.gallery.key, **options}
     return Stage(f"{net.name}/ranking", net.folder/"ranking", settings, make, (net,))
@@ -179,10 +189,10 @@ def plan_evaluations(stages: list[Stage], config: RunConfig, inputs: Inputs) -> 
     "The stages that measure the network of each stage, or only of the last one."
     options = {k: v for k, v in feature_options(config).items() if k not in RESULT_NEUTRAL}
     nets = [s for s in stages if "/" not in s.name]
-    found = []
+    has_features, found = not METHODS[config.method].matcher, []
     for net in nets if config.all_stages else nets[-1:]:
         if inputs.query is not None: found.append(_plan_ranking(net, config, inputs, options))
-        if inputs.real is not None: found.append(_plan_probe(net, config, inputs, options))
+        if inputs.real is not None and has_features: found.append(_plan_probe(net, config, inputs, options))
     return found
 
 # %% ../../nbs/runs/04_pipeline.ipynb #00c8966d
@@ -295,7 +305,7 @@ def _count_identities(split: Split) -> int:
 def _too_few(config: RunConfig, section: str, p: int, there: int, what: str) -> list[Fault]:
     "A fault if a batch of a stage needs more identities than there are."
     if p <= there: return []
-    whole = getattr(config, section).p
+    whole = getattr(config, section).p or p
     of_p = "" if p == whole else f", {p} of them from {what}"
     said = f"{flag(f'{section}.p')} is {whole}{of_p}, but {what} has at most {there} identities"
     return [Fault(said, "lower it, or give more images")]
@@ -305,6 +315,7 @@ def _synthetic_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
     "Stages 0 and 1 with more identities in a batch than A has."
     if inputs.synthetic is None or not METHODS[config.method].synthetic: return []
     there, faults = _count_identities(inputs.synthetic), []
+    if METHODS[config.method].matcher: return _too_few(config, "qaconv", config.qaconv.resolved().p, there, "A")
     if config.net.weights in ("none", "auto") and config.pretrain.epochs:
         faults += _too_few(config, "pretrain", config.pretrain.p, there, "A")
     if _needs_stage1(config) and config.labeller == "spcl" and config.spcl.synthetic:
@@ -351,7 +362,7 @@ def _camera_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
 def _mixed_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
     "Stages 2 and 3 with more identities in a batch than A and B together can have."
     method, faults = METHODS[config.method], []
-    if method.labels == "adapted" or inputs.synthetic is None: return []
+    if method.labels == "adapted" or method.matcher or inputs.synthetic is None: return []
     sizes = [_count_identities(inputs.synthetic)] if method.synthetic else []
     for domain in np.unique(inputs.real_domain) if method.labels != "none" and inputs.real is not None else ():
         rows = inputs.real_domain == domain

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..core import DomainMixError
 from ..files import save_json
-from ..evaluation import extract_features, rank
+from ..evaluation import compared_inputs, rank
 from .settings import DEFAULT_METHODS, METHODS, RunConfig, configure, run_folder, validate_config
 from .inputs import Inputs, read_inputs, same_files
 from .stages import feature_options, load_net
@@ -76,10 +76,10 @@ def is_for_choosing(
 def part_scores(
     net: nn.Module,
     inputs: Inputs,   # with query and gallery
-    **use,            # options of `extract_features`
+    **use,            # options of `compared_inputs`
 ) -> dict[str, float]:
     "mAP and rank-1 of the queries for choosing (choose_...) and of the others (report_...), as fractions."
-    q, g = (extract_features(net, part.images, **use) for part in (inputs.query, inputs.gallery))
+    q, g = compared_inputs(net, inputs.query.images, inputs.gallery.images, **use)
     query, gallery = inputs.query.records, inputs.gallery.records
     own = same_files(inputs.query, inputs.gallery)
     found = rank(q, g, query.pid, gallery.pid, query.camera, gallery.camera, own=own)

@@ -45,6 +45,9 @@ TRAINING_RANGES = {
     "cluster.eps_gap": BELOW_ONE, "cluster.min_samples": Range(1, 10**5),
     "augment.flip": SHARE, "augment.erase": SHARE, "augment.pad": Range(0, 4096),
     "augment.erase_area": Range(0, 1, True), "augment.erase_aspect": Range(0, 1000, True),
+    "match_bytes": Range(1, 10**15), "qaconv.iterations": Range(0, 10**6), "qaconv.body_lr": Range(0, 1000),
+    "qaconv.clip": WEIGHT, "qaconv.gamma": Range(0, 100), "qaconv.flip": SHARE, "qaconv.pad": Range(0, 4096),
+    "qaconv.rotate": Range(0, 180), "qaconv.jitter": SHARE, "qaconv.square": BELOW_ONE,
 }
 
 # %% ../../nbs/runs/00_ranges.ipynb #65ac62f3

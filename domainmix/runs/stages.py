@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['N_PROBE', 'header_aspect', 'save_net', 'initial_net', 'load_net', 'rewrite_net_headers', 'stage0', 'split_by_domain',
            'stage1', 'verified_features', 'clustering_features', 'refine_labels', 'choose_labels', 'mixed_train_set',
-           'stage2', 'stage3', 'feature_options', 'measure_ranking', 'measure_domain_probe']
+           'stage2', 'stage3', 'stage_matcher', 'feature_options', 'measure_ranking', 'measure_domain_probe']
 
 # %% ../../nbs/runs/03_stages.ipynb #39efb939
 import contextlib
@@ -31,6 +31,8 @@ from ..pseudolabel import PseudoLabels, outliers_as_classes, load_labels, pseudo
 from ..tracks import group_tracks
 from ..training import train, train_invariant
 from ..baselines.labellers import LABELLERS
+from ..baselines.qaconv import build_matcher, load_matcher_state, QAConvNet
+from ..baselines.qaconv_training import train_matcher
 from ..evaluation import domain_probe, evaluate, extract_features
 from .settings import METHODS, RunConfig
 from .inputs import Inputs, Split
@@ -42,11 +44,12 @@ def header_aspect(config: RunConfig) -> dict:
     return {} if config.aspect == "stretch" else {"aspect": config.aspect}
 
 # %% ../../nbs/runs/03_stages.ipynb #fbf82c26
-def save_net(net: ReIDNet, config: RunConfig, folder: Path) -> Path:
+def save_net(net: ReIDNet | QAConvNet, config: RunConfig, folder: Path) -> Path:
     "Write the network, with its architecture, image size and feature options in the file's header."
+    matcher = {"matcher": {"version": net.version}} if isinstance(net, QAConvNet) else {}
     return save_weights(
         Path(folder)/"model.safetensors", net, backbone=to_dict(config.net), height=config.height, width=config.width,
-        feature=config.feature, flip=config.flip, **header_aspect(config),
+        feature=config.feature, flip=config.flip, **header_aspect(config), **matcher,
     )
 
 # %% ../../nbs/runs/03_stages.ipynb #a1c01cf7
@@ -72,7 +75,7 @@ def _no_architecture_error(path: Path) -> DomainMixError:
 def load_net(
     path: str | Path,                  # a stage's folder, or a file of weights of this kit or another toolbox
     net: BackboneConfig | None = None, # the architecture, for files that do not say; None: as the file says
-) -> tuple[ReIDNet, int | None, int | None]:
+) -> tuple[ReIDNet | QAConvNet, int | None, int | None]:
     "The network, and the height and width of its images; None where the file does not say."
     path = Path(path)/"model.safetensors" if Path(path).is_dir() else Path(path)
     header = weights_header(path)
@@ -81,7 +84,8 @@ def load_net(
         return load_other_net(net, path)[0], None, None
     with contextlib.nullcontext() if (path.parent/"stage.json").is_file() else own_file(path), wrap_read_errors(path):
         size = _image_size(header)
-        try: net = load_backbone(net or from_dict(BackboneConfig, header["backbone"]), load_weights(path))
+        net, state = net or from_dict(BackboneConfig, header["backbone"]), load_weights(path)
+        try: net = load_matcher_state(net, header, state) if "matcher" in header else load_backbone(net, state)
         except DomainMixError as e: raise e if str(path) in e.what else e.with_message(f"{path}: {e.what}") from e
         return net, *size
 
@@ -271,6 +275,19 @@ def stage3(
     )
     return save_net(trained.net, config, folder)
 
+# %% ../../nbs/runs/03_stages.ipynb #1ca26981
+def stage_matcher(
+    config: RunConfig, inputs: Inputs,
+    folder: Path,            # where the network goes
+    log: Log | None = None,  # called once an epoch
+) -> Path:
+    "A -> a matcher trained on A."
+    net = build_matcher(config.net, config.height, config.width, config.qaconv.version, config.seed)
+    data = train_set(inputs.synthetic.images, inputs.synthetic.records)
+    net, _ = train_matcher(net, data, config.qaconv, seed=config.seed, device=config.device, folder=folder, log=log,
+                           match_bytes=config.match_bytes)
+    return save_net(net, config, folder)
+
 # %% ../../nbs/runs/03_stages.ipynb #2d7fef72
 def feature_options(config: RunConfig) -> dict:
     "The options of the features that a run is evaluated with."
@@ -279,7 +296,7 @@ def feature_options(config: RunConfig) -> dict:
 # %% ../../nbs/runs/03_stages.ipynb #b3139510
 def measure_ranking(
     query: Split, gallery: Split, net: ReIDNet,
-    **use: Any,  # options of `evaluate`; for a run: `feature_options`
+    **use: Any,  # options of `evaluate`; for a run: `feature_options`, and `match_bytes` for a matcher
 ) -> dict:
     "Scores of `net` on a target, as fractions."
     return evaluate(net, query.images, query.records, gallery.images, gallery.records, **use)

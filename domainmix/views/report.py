@@ -177,7 +177,7 @@ def _draw_answers(r: Results):
     "Queries and their answers by the last network."
     query, gallery, last = r.load_split("query"), r.load_split("gallery"), r.last_networks()[-1]
     q, g = query.records, gallery.records
-    sides = r.features(last, "query"), r.features(last, "gallery"), q.pid, g.pid, q.camera, g.camera
+    sides = *r.compared(last), q.pid, g.pid, q.camera, g.camera
     own = r.own_files()
     ap, answers = rank(*sides, own=own).average_precision, ranked_list(*sides, own=own)
     return ranking_gallery(query.images, gallery.images, answers, q.pid, q.camera, g.camera, ap)

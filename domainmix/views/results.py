@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLIT_ROLES', 'EXAMPLE_SETTINGS', 'StageFolder', 'stage_folders', 'choose_seed', 'require_stage', 'run_status',
-           'RunFolder', 'read_splits', 'read_features', 'network_features', 'first_labelling_stage', 'run_labels',
-           'stage_scores', 'last_networks', 'run_log', 'last_clustering_features', 'checkpoint_net', 'rerun_stage3',
-           'probe_stage3_epochs', 'Results', 'attention', 'domain_sample', 'split_rows', 'sample_features',
-           'domain_probes', 'example_run']
+           'RunFolder', 'read_splits', 'read_features', 'network_features', 'network_pair_scores', 'compared_sides',
+           'first_labelling_stage', 'run_labels', 'stage_scores', 'last_networks', 'run_log',
+           'last_clustering_features', 'checkpoint_net', 'rerun_stage3', 'probe_stage3_epochs', 'Results', 'attention',
+           'domain_sample', 'split_rows', 'sample_features', 'domain_probes', 'example_run']
 
 # %% ../../nbs/views/04_results.ipynb #56aa9a49
 import shutil
@@ -20,12 +20,15 @@ import torch
 
 from ..backbone import PartMaps
 from ..core import DomainMixError, fingerprint, generator, with_overrides
-from ..evaluation import extract_features
+from ..baselines.qaconv import QAConvNet
+from ..baselines.qaconv_scores import match_images, PairScores
+from ..evaluation import extract_features, no_feature_error
 from domainmix.files import (
     load_dict, load_json, load_jsonl, load_state, locked, save_json, wrap_read_errors, write_atomic,
 )
 from ..images import normalise
 from ..pseudolabel import PseudoLabels, load_labels
+from ..weights import weights_header
 from ..runs.folder import Stage
 from ..runs.history import find_run
 from ..runs.inputs import Inputs, Split, read_inputs, same_files
@@ -208,6 +211,31 @@ def network_features(
     except OSError: pass                    # a read-only folder can still be opened
     return found
 
+# %% ../../nbs/views/04_results.ipynb #43b862e0
+def network_pair_scores(
+    r: RunFolder,
+    stage: str,      # the stage of the matcher
+    query: Split,
+    gallery: Split,
+) -> PairScores:
+    "The scores of all pairs. They are read from `views/`, or computed and saved there."
+    s, n = r.stage(stage), len(gallery.images)
+    file = r.store/"views"/f"{stage}-pairs-{fingerprint(s.key, query.key, gallery.key)[:12]}.npy"
+    try: return PairScores.from_matrix(read_features(file, len(query.images)))
+    except DomainMixError: pass
+    scores = match_images(load_net(s.folder)[0], query.images, gallery.images, r.config.device, r.config.match_bytes)
+    found = scores(torch.arange(len(query.images)), torch.arange(n)).cpu().numpy()
+    try: write_atomic(file, lambda f: np.save(f, found))
+    except OSError: pass
+    return PairScores.from_matrix(found)
+
+# %% ../../nbs/views/04_results.ipynb #ccd5e392
+def compared_sides(r: "Results", stage: str) -> tuple:
+    "What `rank` and `ranked_list` compare: features of query and gallery, or scores of pairs and None."
+    if "matcher" not in weights_header(r.stage(stage).folder/"model.safetensors"):
+        return r.features(stage, "query"), r.features(stage, "gallery")
+    return network_pair_scores(r, stage, r.load_split("query"), r.load_split("gallery")), None
+
 # %% ../../nbs/views/04_results.ipynb #fcbda390
 def first_labelling_stage(r: RunFolder) -> StageFolder:
     "The first finished stage 1, with any labeller."
@@ -364,15 +392,15 @@ class Results(RunFolder):
 
     def features(self, stage: str, split: str) -> np.ndarray:
         "Features (N, D) of a split by the network of a stage, of length one."
-        cache = self._feature_cache
-        if (stage, split) not in cache:
-            cache[stage, split] = network_features(self, stage, split, self.load_split(split))
-        return cache[stage, split]
+        cache, key = self._feature_cache, (stage, split)
+        if key not in cache: cache[key] = network_features(self, stage, split, self.load_split(split))
+        return cache[key]
 
     def own_files(self) -> np.ndarray:
         "The pairs (P, 2) of a query and a gallery image that are the same file: no answers."
         return same_files(self.load_split("query"), self.load_split("gallery"))
 
+    def compared(self, stage: str) -> tuple: return compared_sides(self, stage)
     def labelling_stage(self) -> StageFolder: return first_labelling_stage(self)
     def labels(self, refined: bool = True, stage: str | None = None): return run_labels(self, refined, stage)
     def clustering_features(self, stage: str | None = None): return last_clustering_features(self, stage)
@@ -387,6 +415,7 @@ def attention(
     images: torch.Tensor,  # uint8 (N, 3, H, W)
 ) -> np.ndarray:           # float32 (N, h, w), 0 to 1
     "How much each place of an image contributes to its feature. With two views: of the whole image."
+    if isinstance(net, QAConvNet): raise no_feature_error()
     with torch.no_grad():
         found = net.eval().body(normalise(images).contiguous(memory_format=torch.channels_last))
     if isinstance(found, tuple): found = found[0]                # two views: the whole image comes first

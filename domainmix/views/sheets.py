@@ -455,7 +455,7 @@ def _ranking_rows(results, n, top) -> list[SheetRow]:
     query, gallery = results.load_split("query"), results.load_split("gallery")
     last = results.last_networks()[-1]
     q, g = query.records, gallery.records
-    both = results.features(last, "query"), results.features(last, "gallery"), q.pid, g.pid, q.camera, g.camera
+    both = *results.compared(last), q.pid, g.pid, q.camera, g.camera
     own = results.own_files()
     answers = ranked_list(*both, topk=top, with_junk=False, own=own)
     chosen = queries_by_ap(rank(*both, own=own).average_precision, n)

@@ -7,8 +7,8 @@ __all__ = ['HIDE_STATIC_CSS', 'CLUSTER_ORDERS', 'NUMBER_TITLES', 'import_ipywidg
            'view_bundles', 'View', 'errors_in_page', 'MissingRun', 'open_run', 'Clustering', 'describe_clusters',
            'order_clusters', 'with_label', 'numbers_html', 'ClusterControls', 'NoisyClusters', 'show_numbers',
            'limit_page', 'page_of_clusters', 'thumbnail_url', 'scatter_widget', 'axis_spans', 'legend_html',
-           'LinkedMaps', 'DomainMap', 'title_with_probe', 'selection_sheet', 'answers_by_network', 'Retrieval',
-           'retrieval_figure']
+           'LinkedMaps', 'DomainMap', 'title_with_probe', 'selection_sheet', 'select_compared', 'answers_by_network',
+           'Retrieval', 'retrieval_figure']
 
 # %% ../../nbs/views/05_widgets.ipynb #e41aff28
 import base64
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ..core import DomainMixError
+from ..baselines.qaconv_scores import PairScores
 from ..evaluation import RankedList, rank, ranked_list
 from ..jaccard import jaccard_graph
 from ..knn import camera_centre, knn
@@ -400,9 +401,15 @@ def selection_sheet(view: DomainMap):
     title = f"{len(view.picked):,} images are selected"
     return contact_sheet(view.images[some], captions=view.groups[view.by.value][some].tolist(), title=title)
 
+# %% ../../nbs/views/05_widgets.ipynb #9bbfe377
+def select_compared(query, gallery, queries, rows) -> tuple:
+    "Some of the features of both sides; of scores of pairs, those of some pairs and None."
+    if isinstance(query, PairScores): return query.select(queries, rows), None
+    return query[queries], gallery[rows]
+
 # %% ../../nbs/views/05_widgets.ipynb #d4fea76a
 def answers_by_network(
-    features: dict[str, tuple],  # title -> features of the queries (Q, D) and of the gallery (G, D)
+    features: dict[str, tuple],  # title -> features of the queries (Q, D) and of the gallery (G, D), or scores and None
     i: int,                      # the query
     q, g,                        # records of the queries and of the gallery
     rows: np.ndarray,            # the gallery rows that may be answers
@@ -412,10 +419,8 @@ def answers_by_network(
     "The answers of every network to one query."
     one, own_rows = slice(i, i + 1), np.flatnonzero(np.isin(rows, own[own[:, 0] == i, 1]))
     own = np.stack([np.zeros_like(own_rows), own_rows], 1)
-    found = [
-        ranked_list(fq[one], fg[rows], q.pid[one], g.pid[rows], q.camera[one], g.camera[rows], top, own=own)
-        for fq, fg in features.values()
-    ]
+    known = q.pid[one], g.pid[rows], q.camera[one], g.camera[rows]
+    found = [ranked_list(*select_compared(*sides, one, rows), *known, top, own=own) for sides in features.values()]
     return RankedList(*(np.concatenate([getattr(f, k) for f in found]) for k in ("index", "similarity", "flag")))
 
 # %% ../../nbs/views/05_widgets.ipynb #61704168
