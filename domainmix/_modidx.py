@@ -1590,6 +1590,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                                                                    'domainmix/runs/pipeline.py'),
                                          'domainmix.runs.pipeline._real_size_faults': ( 'runs/pipeline.html#_real_size_faults',
                                                                                         'domainmix/runs/pipeline.py'),
+                                         'domainmix.runs.pipeline._sda_faults': ( 'runs/pipeline.html#_sda_faults',
+                                                                                  'domainmix/runs/pipeline.py'),
                                          'domainmix.runs.pipeline._synthetic_size_faults': ( 'runs/pipeline.html#_synthetic_size_faults',
                                                                                              'domainmix/runs/pipeline.py'),
                                          'domainmix.runs.pipeline._too_few': ('runs/pipeline.html#_too_few', 'domainmix/runs/pipeline.py'),

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..core import DomainMixError, fingerprint, flag, rank_and_size
 from ..files import Log, load_json, locked, save_json, wrap_read_errors
+from ..baselines.translation import check_translation
 from ..builtin import BUILTIN, builtin_file
 from ..distributed import call_on_rank0, init_distributed
 from ..pseudolabel import label_quality, load_labels
@@ -307,8 +308,9 @@ def _synthetic_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
     there, faults = _count_identities(inputs.synthetic), []
     if config.net.weights in ("none", "auto") and config.pretrain.epochs:
         faults += _too_few(config, "pretrain", config.pretrain.p, there, "A")
-    if _needs_stage1(config) and config.labeller == "spcl" and config.spcl.synthetic:
-        faults += _too_few(config, "spcl", config.spcl.p, there, "A")
+    uses_a = config.labeller == "sda" or config.labeller == "spcl" and config.spcl.synthetic
+    if _needs_stage1(config) and uses_a:
+        faults += _too_few(config, config.labeller, getattr(config, config.labeller).p, there, "A")
     return faults
 
 # %% ../../nbs/runs/04_pipeline.ipynb #50a5d05d
@@ -356,6 +358,21 @@ def _mixed_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
                 faults += _too_few(config, section, each, there, "A" if method.synthetic and i == 0 else "B")
     return faults
 
+# %% ../../nbs/runs/04_pipeline.ipynb #33108472
+def _sda_faults(
+    config: RunConfig,
+    n: int,   # images of B
+) -> list[Fault]:
+    "Images that SDA cannot translate, or too few of B for its clusters."
+    if not _needs_stage1(config) or config.labeller != "sda": return []
+    faults = []
+    try: check_translation(config.sda.translation, config.height, config.width)
+    except DomainMixError as e: faults.append(Fault(e.what, e.remedy))
+    if config.sda.clusters == "kmeans" and config.sda.n_clusters > n // 2:
+        faults.append(Fault(f"{flag('sda.n_clusters')} is {config.sda.n_clusters}, but B has only {n} images",
+                            f"set it to {n // 2} or less, or {flag('sda.clusters')} to dbscan"))
+    return faults
+
 # %% ../../nbs/runs/04_pipeline.ipynb #26102da0
 def size_faults(
     config: RunConfig,  # validated
@@ -364,7 +381,8 @@ def size_faults(
 ) -> list[Fault]:
     "The settings for which the sets are too small."
     faults = _synthetic_size_faults(config, inputs)
-    if inputs.real is not None: faults += _real_size_faults(config, inputs)
+    if inputs.real is not None:
+        faults += _real_size_faults(config, inputs) + _sda_faults(config, len(inputs.real.records))
     if not faults and not labels_only: faults = _mixed_size_faults(config, inputs)
     return list(dict.fromkeys(faults))
 
