@@ -31,7 +31,7 @@ from ..batches import AugmentConfig, TrainSet
 from ..checkpoint import data_key, StageRun
 from ..classifier import ClassifierNet, initial_classifier
 from ..core import autocast, DomainMixError, from_dict, generator, pick_device, to_dict
-from ..distributed import all_gather_rows, call_on_rank0, mean_gradients, process_rows
+from ..distributed import all_gather_rows, average_bn_stats, call_on_rank0, mean_gradients, process_rows
 from ..knn import camera_centre
 from ..loading import BatchLoader
 from ..norms import from_domain_bn
@@ -185,7 +185,7 @@ def relation_terms(
     with torch.no_grad(): original, seen = (state.source(x)[0].float() for x in (a, fake_b))
     translated = state.encoder.average.module(fake_b)[0].float()
     original, seen, translated = (all_gather_rows(f) for f in (original, seen, translated))
-    return dict(relation=relation_loss(translated, original, label, views), spread=translation_spread(fake_b, a),
+    return dict(relation=relation_loss(translated, original, label, views), spread=translation_spread(all_gather_rows(fake_b.detach()), all_gather_rows(a)),
                 found=identities_found(F.normalize(seen), F.normalize(original), label))
 
 # %% ../../nbs/baselines/01_sda_training.ipynb #7f6ecedd
@@ -254,6 +254,7 @@ def sda_step(
     fake, terms = generator_step(state, *a, b[0], gan_lr)
     terms |= encoder_step(state, fake["real"], a[1], *b, lr)
     terms["discriminator"] = discriminator_step(state, dict(real=b[0], synthetic=a[0]), fake, gan_lr, rng)
+    average_bn_stats(state.encoder.net)               # the teacher uses them in the next step
     update_ema(state.encoder.average, state.encoder.net, teacher_decay(step, config.ema))
     return {name: term.detach() for name, term in terms.items()}
 
