@@ -185,8 +185,9 @@ def relation_terms(
     with torch.no_grad(): original, seen = (state.source(x)[0].float() for x in (a, fake_b))
     translated = state.encoder.average.module(fake_b)[0].float()
     original, seen, translated = (all_gather_rows(f) for f in (original, seen, translated))
-    return dict(relation=relation_loss(translated, original, label, views), spread=translation_spread(all_gather_rows(fake_b.detach()), all_gather_rows(a)),
-                found=identities_found(F.normalize(seen), F.normalize(original), label))
+    spread = translation_spread(all_gather_rows(fake_b.detach()), all_gather_rows(a))
+    found = identities_found(F.normalize(seen), F.normalize(original), label)
+    return dict(relation=relation_loss(translated, original, label, views), spread=spread, found=found)
 
 # %% ../../nbs/baselines/01_sda_training.ipynb #7f6ecedd
 def generator_step(
