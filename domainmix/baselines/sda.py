@@ -229,12 +229,14 @@ def encoder_step(
 def discriminator_step(
     state: SDAState,
     real: dict[str, Tensor],  # images of each style
-    fake: dict[str, Tensor],  # translations into each style, detached
+    fake: dict[str, Tensor],  # translations into each style, detached; replaced
     lr: float,
     rng: torch.Generator,     # on the CPU, for the pools
 ) -> Tensor:                  # the loss
     "Exchange translations with the pools, and move the discriminators."
-    fake = {style: process_rows(state.pools[style].exchange(all_gather_rows(x), rng)) for style, x in fake.items()}
+    for style, pool in state.pools.items():
+        mixed = process_rows(pool.exchange(all_gather_rows(fake[style]), rng))
+        fake[style] = mixed.contiguous(memory_format=state.translator.layout)
     with autocast(state.device, state.config.precision):
         loss = discriminator_losses(state.translator, real, fake)
     descend(state.against, loss, lr)
