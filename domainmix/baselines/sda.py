@@ -8,7 +8,7 @@ __all__ = ['WATCH_EVERY', 'SDAConfig', 'kmeans_clusters', 'update_sda_labels', '
            'sda_step', 'watch_translation', 'sda_epoch', 'run_sda_epoch', 'train_sda', 'adapt_sda']
 
 # %% ../../nbs/baselines/01_sda_training.ipynb #64133440
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -8,7 +8,6 @@ __all__ = ['TranslationConfig', 'norm_relu', 'StyleBlock', 'StyleGenerator', 'Pa
            'translation_spread', 'identities_found', 'check_spread']
 
 # %% ../../nbs/baselines/01_sda_images.ipynb #2be2d291
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
