@@ -151,7 +151,7 @@ def test_a_bad_number_in_any_setting_is_refused_before_anything_is_read(monkeypa
     "By its flag, which the command has; or the table says that it is allowed."
     monkeypatch.setattr(settings, "_image_size_faults", lambda config: [])    # slow, and tested in its notebook
     base = with_overrides(configure(TINY_SETTINGS, real="world", target="world"), {
-        "net.stripes": 1, **{f"{s}.{n}": 2 for s in ("spcl", "mmt", "plain") for n in ("cluster.k1", "cluster.k2", "cluster.min_samples", "samples_per_bn")},
+        "net.stripes": 1, **{f"{s}.{n}": 2 for s in ("spcl", "mmt", "plain", "sda") for n in ("cluster.k1", "cluster.k2", "cluster.min_samples", "samples_per_bn")},
         "stage2.margin": .3, "stage3.margin": .3, "stage3.disc_lr": .1, "pretrain.margin": .3, "pretrain.samples_per_bn": 4})
     flags, seen, refused = frozenset(setting_names(RunCommand)), 0, 0
     with command_line(CommandLine(flags)):
@@ -322,7 +322,7 @@ def test_four_epochs_after_two_are_four_epochs(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, stage", [("only-a", "pretrain"), ("stage1", "spcl"), ("stage1-plain", "plain"), ("stage1-mmt", "mmt"), ("domainmix-db", "stage3"), ("control", "stage3")])
+@pytest.mark.parametrize("method, stage", [("only-a", "pretrain"), ("stage1", "spcl"), ("stage1-plain", "plain"), ("stage1-mmt", "mmt"), ("stage1-sda", "sda"), ("domainmix-db", "stage3"), ("control", "stage3")])
 def test_every_stage_goes_on(method, stage, tmp_path, capsys):
     assert "goes on after" in longer_run(tmp_path, method, stage, capsys)
 

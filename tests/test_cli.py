@@ -370,7 +370,7 @@ def test_help_is_readable(domainmix):
     assert all(f in help_of(domainmix, "run").out for f in ("--synthetic", "--real", "--target", "--run", "--backbone", "--seed", "--skip-bad", "--stage2.epochs"))
 
 
-NESTED = {"net", "pretrain", "spcl", "mmt", "plain", "stage2", "stage3", "world"}    # fields that are groups of flags
+NESTED = {"net", "pretrain", "spcl", "mmt", "plain", "sda", "stage2", "stage3", "world"}    # fields that are groups of flags
 
 
 def flag_texts(page):

@@ -232,7 +232,7 @@ def test_data_without_tracks_keep_their_fingerprint(tmp_path):
     assert split.key == fingerprint(rows.path, digest, rows.pid, rows.camera)        # as it was before there were tracks
     tracked = decode_split(Records(rows.path, rows.pid, rows.camera, rows.root, track=[0, 0, 1, 1]), config)
     assert tracked.key != split.key and tracked.records.track.tolist() == [0, 0, 1, 1]
-    for kind in (SpCLConfig, *(type(getattr(config, n)) for n in ("mmt", "plain", "world"))):
+    for kind in (SpCLConfig, *(type(getattr(config, n)) for n in ("mmt", "plain", "sda", "world"))):
         assert "tracks" not in to_dict(kind()) and to_dict(with_overrides(kind(), {"tracks": "off" if kind is not type(config.world) else True}))["tracks"]
 
 

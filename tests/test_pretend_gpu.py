@@ -107,6 +107,7 @@ CASES = {
     "parts and both views": {"net": {"parts": True, "view": "both"}, "method": "only-a"},
     "mmt, control": {"labeller": "mmt", "method": "control"},
     "plain, images stay on the host": {"labeller": "plain"},
+    "sda": {"method": "stage1-sda"},
 }
 
 
