@@ -22,7 +22,7 @@ from .clustering import Learner, PlainConfig, train_on_clusters
 from ..batches import TrainSet
 from ..checkpoint import StageRun, weights_key
 from ..classifier import ClassifierNet, mean_over_views
-from ..core import autocast, DomainMixError, from_dict, pick_device, to_dict
+from ..core import autocast, DomainMixError, from_dict, later_setting, pick_device, to_dict
 from ..distributed import all_gather_rows
 from ..loading import BatchLoader
 from ..losses import hardest_pairs, id_loss, triplet_loss
@@ -35,10 +35,15 @@ from ..tracks import Tracks
 class MMTConfig(PlainConfig):
     "Mutual mean-teaching: two networks, each taught by clusters and by the other's average."
     ema: float = 0.999                   # decay of the moving averages of the weights, which are the teachers
+    ema_warmup: bool = True              # the decay rises from 0 over 1/2, 2/3, ... to ema
     soft_id: float = 0.5                 # weight of the soft identity loss; the hard one has 1 - soft_id
     soft_triplet: float = 0.8            # weight of the soft triplet loss; the hard one has 1 - soft_triplet
     # images of the two networks: shared (both have the same) or own (each network draws its own)
     batches: Literal["shared", "own"] = "shared"
+    # the second network: train (on A, with another seed), or copy (both networks start as one)
+    second: Literal["train", "copy"] = "train"
+    # in the training of both networks on A, let them also see B, for the running statistics of batch norms
+    pretrain_real: bool = later_setting(False)
 
     def checked(self) -> "MMTConfig":
         "The same settings; values that have no meaning are refused."
@@ -125,7 +130,7 @@ def mutual_loss(
                  soft_triplet=mean_over_views(soft, views, features, all_gather_rows(from_teacher[0])))
     identity = (1 - config.soft_id) * terms["id"] + config.soft_id * terms["soft_id"]
     triplet = (1 - config.soft_triplet) * terms["triplet"] + config.soft_triplet * terms["soft_triplet"]
-    loss = config.lambda_id * identity + triplet
+    loss = config.lambda_id * identity + config.lambda_triplet * triplet
     return loss, dict(loss=loss, **terms)
 
 # %% ../../nbs/baselines/01_mmt.ipynb #924c2d5b
