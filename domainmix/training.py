@@ -263,12 +263,14 @@ def train_step(
 
 # %% ../nbs/40_training.ipynb #58a78b47
 def train_key(
-    net: ReIDNet, data: TrainSet, config: TrainConfig, seed: int, classifier: Tensor | None
+    net: ReIDNet, data: TrainSet, config: TrainConfig, seed: int, classifier: Tensor | None,
+    seen_only: Tensor | ImageStack | None = None,
 ) -> dict:
     "What must be equal for a checkpoint to be resumed."
-    return dict(config=to_dict(config), seed=seed, net=weights_key(net),
-                classifier=None if classifier is None else fingerprint(classifier),
-                data=data_key(data.images, data.label, data.camera, data.domain))
+    key = dict(config=to_dict(config), seed=seed, net=weights_key(net),
+               classifier=None if classifier is None else fingerprint(classifier),
+               data=data_key(data.images, data.label, data.camera, data.domain))
+    return key if seen_only is None else key | dict(seen_only=data_key(seen_only))
 
 # %% ../nbs/40_training.ipynb #6aebe715
 def open_batches(
@@ -361,9 +363,8 @@ def train(
     epochs = np.unique(steps.epoch)
     loader = BatchLoader(data, config, seed, stage, device)
     state = make_train_state(net, data, config, seed, stage, device, classifier)
-    key = train_key(net, data, config, seed, classifier)
+    key = train_key(net, data, config, seed, classifier, seen_only)
     seen = None if seen_only is None else SeenOnly(seen_only, config, seed, stage, device)
-    if seen: key["seen_only"] = data_key(seen_only)
     with StageRun(stage, len(epochs), len(steps), key, state.checkpoint_parts(), folder, log, device) as run:
         for n in run:
             run_epoch(state, loader, steps[steps.epoch == epochs[n]], config, run, seen)

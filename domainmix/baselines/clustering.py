@@ -81,8 +81,9 @@ class AveragedNet:
 
 # %% ../../nbs/baselines/00_clustering.ipynb #d4805a3f
 @torch.no_grad()
-def update_average(average: AveragedModel, net: nn.Module) -> None:
-    "Move the average towards `net`. In training mode it keeps its own batch-norm statistics."
+def update_average(average: AveragedModel | None, net: nn.Module) -> None:
+    "Move the average, if there is one, towards `net`. In training mode it keeps its own batch-norm statistics."
+    if average is None: return
     statistics = [b.clone() for b in average.module.buffers()] if average.training else []
     average.update_parameters(net)
     for buffer, value in zip(average.module.buffers(), statistics):
@@ -155,7 +156,6 @@ class Learner(AveragedNet):
         self.optimiser.zero_grad()
         with mean_gradients(self.optimiser): loss.backward()
         self.optimiser.step()
-        if self.average is None: return
         update_average(self.average, self.net)
         update_average(self.average_classifier, self.model.classifier)
 

@@ -301,8 +301,8 @@ def warn_of_shared_images(
     "Warn if a file is in two real sets."
     for (first, a), (second, b) in itertools.combinations(zip(names, parts), 2):
         if n := len(set(same_files(b, a)[:, 0].tolist())):
-            warnings.warn(f"{n:,} of {len(b.records):,} images of the real set {second} are also in {first}, as the same "
-                          "files. Real sets are trained as places without common people, so these people get two "
+            warnings.warn(f"{n:,} of {len(b.records):,} images of the real set {second} are also in {first}, as the "
+                          "same files. Real sets are trained as places without common people, so these people get two "
                           "labels: delete the copies from one of the sets, or give both as one set")
 
 # %% ../../nbs/runs/01_inputs.ipynb #1aa11b54

@@ -362,7 +362,8 @@ def _real_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
     except DomainMixError as e:
         name = flag(f"{config.labeller}.cluster.k1")
         remedy = f"set {name} below {n}" if cluster.k1 and n > 2 else "give more images"
-        if cluster.method == "kmeans": remedy = e.remedy.replace("n_clusters", flag(f"{config.labeller}.cluster.n_clusters"))
+        if cluster.method == "kmeans":
+            remedy = e.remedy.replace("n_clusters", flag(f"{config.labeller}.cluster.n_clusters"))
         faults.append(Fault(f"B has {n} images: {e.what}", remedy))
     if kind == "refined" and n < config.lower:
         said = f"{flag('lower')} is {config.lower}, but B has only {n} images"

@@ -72,6 +72,8 @@ PAPER_SCORES |= {
     ("rp-market-msmt", "osnet-ibn", "domainmix-db"): (15.1, 38.9),
     ("rp-market-cuhk", "osnet-ibn", "domainmix-db"): (16.5, 17.7),
 }
+
+# %% ../../nbs/runs/05_presets.ipynb #ec9dd626
 for _task in TASKS:                     # Only A is the baseline of Table 3
     for _short, _system in (("", "baseline"), ("ibn", "baseline-ibn")):
         _a, _, _c = _task.split("-")
