@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['dbscan', 'outliers_as_classes', 'cluster_disagreement', 'cluster_minimum', 'independence_threshold', 'reliable_mask',
-           'ClusterConfig', 'Clusters', 'cluster_graph', 'cluster', 'renumber', 'reliable_labels', 'refine',
-           'refinement_counts', 'label_quality', 'sweep_eps', 'PseudoLabels', 'pseudo_labels', 'save_labels',
+           'ClusterConfig', 'Clusters', 'cluster_graph', 'kmeans_clusters', 'cluster', 'renumber', 'reliable_labels',
+           'refine', 'refinement_counts', 'label_quality', 'sweep_eps', 'PseudoLabels', 'pseudo_labels', 'save_labels',
            'load_labels']
 
 # %% ../nbs/33_pseudolabel.ipynb #a476a023
@@ -20,9 +20,10 @@ import torch
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from .core import DomainMixError
+from .core import DomainMixError, later_setting
 from .files import load_arrays, save_arrays, wrap_read_errors, write_atomic
 from .jaccard import jaccard_graph
+from .kmeans import cluster_count, kmeans
 from .knn import unit_rows
 
 # %% ../nbs/33_pseudolabel.ipynb #b0d4537e
@@ -120,9 +121,13 @@ class ClusterConfig:
     reliability: bool = True        # leave out images that the tight and loose clusterings contradict
     # how neighbours are found: fp32, bf16, int8, faiss, pca (may miss some), or auto (the fastest that misses none)
     neighbours: Literal["auto", "fp32", "bf16", "int8", "faiss", "pca"] = "auto"
+    # dbscan; or kmeans: a fixed number of clusters and no outliers, and the settings above have no effect
+    method: Literal["dbscan", "kmeans"] = later_setting("dbscan")
+    n_clusters: int | None = later_setting(None)  # clusters of kmeans; None: one for each four images, at most 500
 
     def resolved(self, n: int) -> "ClusterConfig":
         "The same settings for `n` images: every None is replaced, and the values are checked."
+        if self.method == "kmeans": return dataclasses.replace(self, n_clusters=cluster_count(n, self.n_clusters))
         k1 = int(np.clip(round(n**0.5 / 4), 8, 30)) if self.k1 is None else self.k1
         k2 = max(3, k1//5) if self.k2 is None else self.k2
         min_samples = (4 if k1 >= 20 else 3) if self.min_samples is None else self.min_samples
@@ -184,13 +189,24 @@ def cluster_graph(
     method: Callable = dbscan,                # graph, eps and min_samples -> labels
 ) -> Clusters:
     "`cluster` for a graph that was computed before."
-    c = config.resolved(graph.shape[0])
+    c = dataclasses.replace(config, method="dbscan").resolved(graph.shape[0])
     labels, tight, loose = (method(graph, e, c.min_samples) for e in (c.eps, c.eps - c.eps_gap, c.eps + c.eps_gap))
     _check_clusters(labels, c)
     comp, indep = cluster_disagreement(labels, tight), cluster_disagreement(labels, loose)
     if threshold is None: threshold = independence_threshold(labels, indep)
     reliable = reliable_mask(labels, comp, indep, threshold) if c.reliability else labels >= 0
     return Clusters(labels, tight, loose, comp, indep, float(threshold), reliable)
+
+# %% ../nbs/33_pseudolabel.ipynb #3f664467
+def kmeans_clusters(
+    x: torch.Tensor,   # (N, D), of length one
+    n_clusters: int,
+) -> Clusters:         # every image is reliable
+    "The clusters of k-means."
+    labels, zeros = kmeans(x, n_clusters), np.zeros(len(x))
+    if labels.max() < 1:
+        raise DomainMixError(f"k-means finds one cluster of {len(x)} images", "give different images")
+    return Clusters(labels, labels, labels, zeros, zeros.copy(), 0., labels >= 0)
 
 # %% ../nbs/33_pseudolabel.ipynb #40bb334f
 def cluster(
@@ -201,6 +217,7 @@ def cluster(
     "Clusters of images, and which images are reliable."
     x = unit_rows(features)
     c = config.resolved(len(x))
+    if c.method == "kmeans": return kmeans_clusters(x, c.n_clusters)
     graph = jaccard_graph(x, c.k1, c.k2, max_distance=c.eps + c.eps_gap, method=c.neighbours)
     return cluster_graph(graph, c, threshold)
 

@@ -83,6 +83,8 @@ class TrainConfig(TrainSchedule):
     fused: Literal["auto", "on", "off"] = "auto"  # Adam in one pass over memory; auto: on where torch supports it
     # replay each training step as a CUDA graph; auto: on a GPU, if one process trains and Adam is fused
     capture: Literal["auto", "on", "off"] = later_setting("auto")
+    lambda_triplet: float = later_setting(1.)  # weight of the triplet loss; 0: the identity loss alone
+    amsgrad: bool = later_setting(False)  # Adam divides by the largest second moment so far, not by the present one
 
 # %% ../nbs/27_schedule.ipynb #68ccdab5
 @dataclass

@@ -19,7 +19,7 @@ from .core import DomainMixError
 from .jaccard import jaccard_graph
 from .knn import unit_rows
 from .loading import class_means
-from .pseudolabel import ClusterConfig, Clusters, cluster_graph, dbscan
+from .pseudolabel import cluster, ClusterConfig, Clusters, cluster_graph, dbscan
 
 # %% ../nbs/33_tracks.ipynb #0d7824d5
 @dataclass
@@ -207,9 +207,11 @@ def cluster_tracks(
     try:
         x = track_means(features, tracks)
         c = track_config(config, len(x))
-        graph = jaccard_graph(x, c.k1, c.k2, max_distance=c.eps + c.eps_gap, method=c.neighbours)
-        method = partial(cluster_track_points, tracks=tracks)
-        found = cluster_graph(drop_overlaps(graph, tracks), c, threshold, method)
+        if c.method == "kmeans": found = cluster(x, c)     # tracks that overlap in time may share a label
+        else:
+            graph = jaccard_graph(x, c.k1, c.k2, max_distance=c.eps + c.eps_gap, method=c.neighbours)
+            method = partial(cluster_track_points, tracks=tracks)
+            found = cluster_graph(drop_overlaps(graph, tracks), c, threshold, method)
     except DomainMixError as e:
         raise e.with_message(e.what.replace(" images", " tracks"), e.remedy.replace(" images", " tracks")) from e
     spread = {name: x[tracks.unit] for name, x in vars(found).items() if name != "threshold"}

@@ -164,7 +164,8 @@ def explain_difference(
     return f"{role}: other images, names or labels than the run began with ({count} images then)"
 
 # %% ../../nbs/runs/02_folder.ipynb #d05cc265
-LABEL_STAGES = ("stage0", "stage1", "refined")  # folder names of the stages that `make_labels` does
+# folder names of the stages that `make_labels` does
+LABEL_STAGES = ("stage0", "stage0-mmt", "stage0-second", "stage1", "refined")
 LABEL_NEUTRAL = (  # settings that labels do not depend on
     "target", "target_pattern", "method", "start", "feature", "flip", "all_stages", "stage2", "stage3",
 )

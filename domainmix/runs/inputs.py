@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['WORLD_ROLES', 'READ_LISTENERS', 'Split', 'concat_splits', 'Inputs', 'decode_split', 'dataset_bits', 'decode_dataset',
            'split_query_gallery', 'with_true_tracks', 'pattern_of', 'open_dataset', 'check_split', 'check_has_matches',
-           'role_splits', 'reading_aloud', 'tell_read', 'same_files', 'warn_of_same_files', 'read_inputs']
+           'role_splits', 'reading_aloud', 'tell_read', 'same_files', 'warn_of_same_files', 'warn_of_shared_images',
+           'read_inputs']
 
 # %% ../../nbs/runs/01_inputs.ipynb #a47134e9
 import contextlib
 import dataclasses
+import itertools
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
@@ -291,6 +293,18 @@ def warn_of_same_files(
                 warnings.warn(f"{n:,} of {total:,} {role} images are also in the target, as the same files. "
                               "Its scores are not those of unseen images: give another target, or train on others")
 
+# %% ../../nbs/runs/01_inputs.ipynb #97224441
+def warn_of_shared_images(
+    names: tuple[str, ...],  # of the real sets
+    parts: list[Split],      # the same sets
+) -> None:
+    "Warn if a file is in two real sets."
+    for (first, a), (second, b) in itertools.combinations(zip(names, parts), 2):
+        if n := len(set(same_files(b, a)[:, 0].tolist())):
+            warnings.warn(f"{n:,} of {len(b.records):,} images of the real set {second} are also in {first}, as the "
+                          "same files. Real sets are trained as places without common people, so these people get two "
+                          "labels: delete the copies from one of the sets, or give both as one set")
+
 # %% ../../nbs/runs/01_inputs.ipynb #1aa11b54
 def read_inputs(config: RunConfig, roles=("synthetic", "real", "target")) -> Inputs:
     "Read, check and decode the data sets of `config`; every one is checked before the first image is decoded."
@@ -309,6 +323,7 @@ def read_inputs(config: RunConfig, roles=("synthetic", "real", "target")) -> Inp
         splits, bits = found[role, spec]
         for split, records in splits.items(): parts[split].append(decode_split(records, config, bits))
     warn_of_same_files(parts)
+    warn_of_shared_images(dataset_specs(config, "real"), parts.get("real", []))
     real_domain = None
     if "real" in parts:
         real_domain = np.repeat(np.arange(len(parts["real"])) + 1, [len(p.records) for p in parts["real"]])

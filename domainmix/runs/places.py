@@ -181,6 +181,6 @@ def places_text(
     gains = [["gain over Only A", *titles], *([METHODS[m].title, *(gain(c, m) for c in columns)] for m in others)]
     n = len({r["seed"] for r in rows})
     whose = {"choose": "for choosing", "report": "for reporting"}[part]
-    note = (f"per cent, people {whose}; mean ± standard deviation over {n} seeds; gains: mean ± standard error, "
-            "* more than two standard errors")
+    over = f"mean ± standard deviation over {n} seeds; gains: mean ± standard error, * more than two standard errors"
+    note = f"per cent, people {whose}; {over if n > 1 else 'one seed'}"
     return f"{_aligned(table)}\n\n{_aligned(gains)}\n{note}"
