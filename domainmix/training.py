@@ -25,7 +25,10 @@ from .backbone import ReIDNet
 from .batches import TrainSet, told_domains
 from .capture import may_record, StepRecorder
 from .checkpoint import data_key, StageRun, weights_key
-from .classifier import ClassifierNet, compile_net, initial_classifier, mean_features, mean_over_views
+from domainmix.classifier import (
+    ClassifierNet, classifier_dim, compile_net, initial_classifier, mean_features, n_classifiers, sum_triplets,
+    weigh_id_loss,
+)
 from .core import autocast, DomainMixError, fingerprint, from_dict, generator, pick_device, to_dict
 from .discriminator import Discriminator
 from .distributed import all_gather_rows, mean_gradients
@@ -49,10 +52,10 @@ def starting_classifier(
     "The rows that the classifier starts from; an error if they do not fit the data."
     if rows is None:
         rows = initial_classifier(net, data, config, rng, device)
-    if rows.shape != (data.n_classes, net.feature_dim):
+    if rows.shape != (data.n_classes, classifier_dim(net)):
         raise DomainMixError(
             f"the classifier has the shape {tuple(rows.shape)}, but the data has {data.n_classes} classes"
-            f" and a feature has {net.feature_dim} numbers",
+            f" and a feature has {classifier_dim(net)} numbers",
             "give the classifier that was trained on the same union of sets, or None")
     return rows
 
@@ -112,10 +115,11 @@ def backbone_loss(
     "Eq. (4), and with a discriminator Eq. (11)."
     with autocast(image.device, config.precision):
         raw, neck, logits = model(image)
-    views, all_labels = model.net.views, all_gather_rows(label)
+    all_labels = all_gather_rows(label)
     def triplet(feature): return triplet_loss(feature, all_labels, config.margin)
-    terms = dict(id=id_loss(logits, label.repeat(views), config.smoothing, config.temperature),
-                 triplet=mean_over_views(triplet, views, all_gather_rows(raw.float())))
+    mean_id = id_loss(logits, label.repeat(n_classifiers(model.net)), config.smoothing, config.temperature)
+    terms = dict(id=weigh_id_loss(model.net, mean_id),
+                 triplet=sum_triplets(model.net, triplet, all_gather_rows(raw.float())))
     loss = config.lambda_id * terms["id"] + terms["triplet"]
     if discriminator is not None:
         feature = domain_feature(raw, neck, config)
@@ -177,6 +181,9 @@ def add_discriminator(
     device: torch.device,
 ) -> None:
     "Give the state a discriminator and its optimiser."
+    if state.model.net.heads is not None and config.feature == "neck":
+        raise DomainMixError("stage3.feature is 'neck', but a network with several heads has no BN neck",
+                             "set stage3.feature to raw")
     count = torch.bincount(domain.cpu())
     state.uses_reversal = config.loss == "reverse"
     state.disc_lr_ratio = 100. if config.disc_lr is None else config.disc_lr / config.lr

@@ -22,7 +22,9 @@ from torch.optim.swa_utils import AveragedModel
 from ..backbone import ReIDNet
 from ..batches import TrainSet
 from ..checkpoint import StageRun
-from ..classifier import class_scores, ClassifierNet, compile_net, initial_classifier, mean_features
+from domainmix.classifier import (
+    class_parts, class_scores, ClassifierNet, compile_net, initial_classifier, mean_features,
+)
 from domainmix.core import (
     autocast, DomainMixError, from_dict, generator, later_setting, pick_device, rank_and_size, to_dict,
 )
@@ -100,7 +102,7 @@ class Learner(AveragedNet):
     "A network, its average, and the classifier and optimiser of the epoch's clusters."
     def start_epoch(self, data: TrainSet, features: Tensor, rng: torch.Generator) -> None:
         "New classifier and optimiser for the clusters of `data`; `features` (N, D) are those of `inference_net`."
-        rows = cluster_classifier(self.net, data, self.config, features, rng, self.device)
+        rows = cluster_classifier(self.inference_net, data, self.config, features, rng, self.device)
         self.model = ClassifierNet(self.net, rows).to(self.device).train()
         self.average_classifier = make_ema(self.model.classifier, self.config.ema)
         self.optimiser = adam(self.model, self.config.lr, self.config.weight_decay, self.config.fused)
@@ -120,7 +122,8 @@ class Learner(AveragedNet):
         self.average.train()
         with autocast(self.device, self.config.precision):
             raw, neck = self.average(image)
-            return raw.float(), class_scores(neck, self.average_classifier.module.weight, self.net.views).float()
+            rows = self.average_classifier.module.weight
+            return raw.float(), class_scores(neck, rows, class_parts(self.net)).float()
 
 # %% ../../nbs/baselines/00_clustering.ipynb #1b6cd38a
 class SavedNumbers(dict):

@@ -21,7 +21,7 @@ from ..backbone import ReIDNet
 from .clustering import Learner, PlainConfig, train_on_clusters
 from ..batches import TrainSet
 from ..checkpoint import StageRun, weights_key
-from ..classifier import ClassifierNet, mean_over_views
+from ..classifier import ClassifierNet, n_classifiers, sum_triplets, weigh_id_loss
 from ..core import autocast, DomainMixError, from_dict, pick_device, to_dict
 from ..distributed import all_gather_rows
 from ..loading import BatchLoader
@@ -116,13 +116,13 @@ def mutual_loss(
     "Identity and triplet loss, each partly on the clusters and partly on the answer of the other's teacher."
     with autocast(image.device, config.precision):
         raw, _, logits = model(image)
-    features, labels, views = all_gather_rows(raw.float()), all_gather_rows(label), model.net.views
+    features, labels, net = all_gather_rows(raw.float()), all_gather_rows(label), model.net
     def hard(f): return triplet_loss(f, labels, config.margin)
     def soft(f, teacher): return soft_triplet_loss(f, teacher, labels)
-    terms = dict(id=id_loss(logits, label.repeat(views), config.smoothing, config.temperature),
-                 triplet=mean_over_views(hard, views, features),
-                 soft_id=soft_id_loss(logits, from_teacher[1], config.temperature),
-                 soft_triplet=mean_over_views(soft, views, features, all_gather_rows(from_teacher[0])))
+    mean_id = id_loss(logits, label.repeat(n_classifiers(net)), config.smoothing, config.temperature)
+    terms = dict(id=weigh_id_loss(net, mean_id), triplet=sum_triplets(net, hard, features),
+                 soft_id=weigh_id_loss(net, soft_id_loss(logits, from_teacher[1], config.temperature)),
+                 soft_triplet=sum_triplets(net, soft, features, all_gather_rows(from_teacher[0])))
     identity = (1 - config.soft_id) * terms["id"] + config.soft_id * terms["soft_id"]
     triplet = (1 - config.soft_triplet) * terms["triplet"] + config.soft_triplet * terms["soft_triplet"]
     loss = config.lambda_id * identity + triplet

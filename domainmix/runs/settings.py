@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESULT_NEUTRAL', 'PAPER_SETTINGS', 'TRAINING_SECTIONS', 'INHERITED', 'SMALL_STAGE1', 'SMALL_SETTINGS',
+           'MSMT17_TRAIN_IMAGES', 'FLIP_ONLY', 'MGN_SETTINGS', 'MUDEEP_SETTINGS', 'CANE_DUAL_SETTINGS',
            'BACKBONE_SETTINGS', 'METHODS', 'DEFAULT_METHODS', 'ORDERED', 'MOST_STEPS', 'TINY_DOMAIN', 'TINY_SETTINGS',
            'META_KEYS', 'InputConfig', 'RunConfig', 'run_folder', 'check_choice', 'backbone_settings',
            'change_settings', 'configure', 'Method', 'check_run_name', 'dataset_specs', 'inherit_settings',
@@ -13,7 +14,7 @@ __all__ = ['RESULT_NEUTRAL', 'PAPER_SETTINGS', 'TRAINING_SECTIONS', 'INHERITED',
 import difflib
 import importlib.util
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Literal
 
@@ -22,9 +23,9 @@ import torch
 from ..core import DomainMixError, flag, later_setting, pick_device, with_overrides
 from ..files import load_json, own_file
 from ..world import WorldConfig
-from ..bodies import BackboneConfig, _build_body, _check_body_config
+from ..bodies import BackboneConfig, MULTI_HEAD, _build_body, _check_body_config
 from ..builtin import BUILTIN, builtin_differences, check_builtin_fits
-from ..backbone import _average_map
+from ..backbone import _average_map, build_backbone
 from ..spcl import SpCLConfig
 from ..schedule import DomainConfig, TrainConfig
 from ..baselines.labellers import LABELLERS
@@ -44,7 +45,8 @@ class InputConfig:
     # domainmix-reverse, labelled, labelled-db, only-b, stage1, stage1-mmt or stage1-plain
     method: str = "domainmix-db"
     seed: int = 0                 # seed of all random numbers
-    backbone: str = "small"       # small, resnet50[_ibn|_dualnorm], osnet[_ibn][_x0_25], timm:NAME; brings its settings
+    # small, resnet50[_ibn|_dualnorm], osnet[_ibn][_x0_25], mgn, mudeep, cane_dual or timm:NAME; brings its settings
+    backbone: str = "small"
     height: int = 64              # rows of an image as the network sees it
     width: int = 32               # columns of an image as the network sees it
     pattern: str | None = None    # regular expression with groups pid and camera, for names of files of folder: sets
@@ -122,6 +124,36 @@ def _paper_backbone(name: str, **net) -> dict:
     "The paper's settings with a backbone of this name."
     return {**PAPER_SETTINGS, "net": {**PAPER_SETTINGS["net"], "name": name, **net}}
 
+# %% ../../nbs/runs/00_settings.ipynb #fa77821b
+MSMT17_TRAIN_IMAGES = 32_621   # an epoch of the recipes below covers so many
+
+# %% ../../nbs/runs/00_settings.ipynb #2dd85f0d
+def _multi_head_settings(
+    name: str,
+    train: dict,       # losses, batches and augmentation of all stages that train with labels
+    recipe: dict,      # of stage 2: its length and its learning rate
+    width: int = 128,  # columns of an image
+) -> dict:
+    "The settings of a network with several heads."
+    iterations = -(-MSMT17_TRAIN_IMAGES // (train["p"] * train["k"]))
+    train = {"lambda_id": 1.0, **train}
+    stages = {stage: dict(train) for stage in TRAINING_SECTIONS if stage not in ("spcl", "stage2")}
+    stages["stage3"]["feature"] = "raw"    # there is no BN neck
+    net = {"name": name, "width": 64, "stripes": 1, "ibn": False, "weights": "imagenet"}
+    return {"height": 384, "width": width, "world": {"height": 384, "width": width}, "net": net, "flip": True,
+            "feature": "raw", **stages, "stage2": {**train, **recipe, "iterations": iterations}}
+
+# %% ../../nbs/runs/00_settings.ipynb #4d6d3a1f
+FLIP_ONLY = {"erase": 0.0, "pad": 0}   # of the augmentation
+MGN_SETTINGS = _multi_head_settings(
+    "mgn", {"p": 16, "k": 4, "margin": 1.2, "augment": FLIP_ONLY}, {"epochs": 80, "milestones": (40, 60), "lr": 2e-4})
+MUDEEP_SETTINGS = _multi_head_settings(
+    "mudeep", {"p": 12, "k": 6, "margin": 1.0, "augment": {"erase": 0.5, "pad": 0}},
+    {"epochs": 160, "milestones": (80,), "lr": 3.5e-4}, width=192)
+CANE_DUAL_SETTINGS = _multi_head_settings(
+    "cane_dual", {"p": 16, "k": 4, "augment": {"erase": 0.0}}, {"epochs": 60, "milestones": (40,), "lr": 3.5e-4})
+CANE_DUAL_SETTINGS["stage3"]["domains"] = "camera"   # CaNE's head predicts the camera
+
 # %% ../../nbs/runs/00_settings.ipynb #1ddb6d1f
 BACKBONE_SETTINGS = {
     "small": SMALL_SETTINGS,
@@ -132,6 +164,9 @@ BACKBONE_SETTINGS = {
     "osnet_ibn": _paper_backbone("osnet_ibn", ibn=True),
     "osnet_x0_25": _paper_backbone("osnet_x0_25", ibn=False),
     "osnet_ibn_x0_25": _paper_backbone("osnet_ibn_x0_25", weights="none"),
+    "mgn": MGN_SETTINGS,
+    "mudeep": MUDEEP_SETTINGS,
+    "cane_dual": CANE_DUAL_SETTINGS,
 }
 
 # %% ../../nbs/runs/00_settings.ipynb #84076bd8
@@ -329,8 +364,9 @@ def _image_size_faults(config: RunConfig) -> list[Fault]:
     if config.net.name.startswith("timm:"): return []    # such a network is built and tried when it is opened
     try:
         with torch.device("meta"), torch.no_grad():
-            maps = _build_body(config.net, 0)[0].eval()(torch.zeros(1, 3, config.height, config.width))
-            _average_map(maps, 1 if config.net.parts else config.net.stripes)
+            x = torch.zeros(1, 3, config.height, config.width)
+            if config.net.name in MULTI_HEAD: build_backbone(replace(config.net, weights="none")).eval()(x)
+            else: _average_map(_build_body(config.net, 0)[0].eval()(x), 1 if config.net.parts else config.net.stripes)
     except DomainMixError as e:
         return [Fault(f"{flag('height')} {config.height}, {flag('width')} {config.width}: {e.what}", e.remedy)]
     except RuntimeError as e:
