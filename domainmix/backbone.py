@@ -8,6 +8,7 @@ __all__ = ['PART_EPS', 'PART_SCALE', 'FEATURE_PARTS', 'PART_WEIGHTS', 'MAX_DOMAI
            'fit_config', 'load_other_net']
 
 # %% ../nbs/24_backbone.ipynb #46dccf85
+import importlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,9 @@ from .core import DomainMixError
 from .world import BODY_PARTS
 from .body_parts import average_to_size, cut_out, load_parser, Parser
 from .norms import to_domain_bn
-from .bodies import _build_body, _add_input_channels, BackboneConfig, BODIES, TokenBody
+from domainmix.bodies import (
+    _add_input_channels, _build_body, _check_body_config, _init_weights, BackboneConfig, BODIES, MULTI_HEAD, TokenBody,
+)
 from .builtin import BUILTIN, builtin_file, check_builtin_fits
 from domainmix.weights import (
     _check_fits, _fetch, _first_differences, _load_checked, _timm_weights, has_initial_weights, match_body, read_weights,
@@ -127,13 +130,15 @@ def _compared_feature(net: nn.Module, x: Tensor, feature: str) -> Tensor:
     if feature not in ("raw", "neck"):
         remedy = "use neck, the one after the BN neck, or raw, the one before it"
         raise DomainMixError(f"unknown feature {feature!r}", remedy)
-    f = _unit_feature(net(x)[feature == "neck"].float(), net.weights, net.views)
+    uses_neck = feature == "neck" and net.heads is None
+    f = _unit_feature(net(x)[uses_neck].float(), net.weights, net.views)
     return net.metric[feature](f) if feature in net.metric else f
 
 # %% ../nbs/24_backbone.ipynb #54392af9
 class ReIDNet(nn.Module):
     "One or two bodies, averages over horizontal stripes or body parts, and a BN neck."
     layout = torch.channels_last   # of its maps; other modules may choose another
+    heads = None   # of a network with several heads: what its losses read (25_heads)
 
     def __init__(
         self,
@@ -201,14 +206,27 @@ def _build_views(config: BackboneConfig, seed: int) -> tuple[nn.Module, int]:
             _add_input_channels(body, len(BODY_PARTS))
     return MultiViewBody(dict(zip(names, bodies)), load_parser(), config.parts), channels[0]
 
+# %% ../nbs/24_backbone.ipynb #9612bc97
+def _build_multi_head(config: BackboneConfig, seed: int) -> ReIDNet:
+    "A network with several heads, with initial weights."
+    _check_body_config(config)
+    module, function = MULTI_HEAD[config.name]
+    with torch.random.fork_rng(devices=[]):   # layers draw weights when they are made; these are drawn again below
+        net = getattr(importlib.import_module(module), function)(config)
+    _init_weights(net, seed)
+    return net
+
 # %% ../nbs/24_backbone.ipynb #3ec351b0
 def build_backbone(
     config: BackboneConfig,   # which network
     seed: int = 0,            # of the random weights
 ) -> ReIDNet:                 # on the CPU, channels_last, in training mode
     "The network that `config` describes."
-    averages, weights = (len(FEATURE_PARTS), PART_WEIGHTS) if config.parts else (config.stripes, None)
-    net = ReIDNet(*_build_views(config, seed), averages, 1 + (config.view == "both"), weights)
+    if config.name in MULTI_HEAD:
+        net = _build_multi_head(config, seed)
+    else:
+        averages, weights = (len(FEATURE_PARTS), PART_WEIGHTS) if config.parts else (config.stripes, None)
+        net = ReIDNet(*_build_views(config, seed), averages, 1 + (config.view == "both"), weights)
     if config.weights not in ("none", "auto"):   # a run replaces auto before it builds a network
         load_published(net, config)
     return net.to(memory_format=torch.channels_last)
@@ -229,7 +247,7 @@ def _add_metrics(net: ReIDNet, state: dict[str, Tensor]) -> ReIDNet:
         if (axes := state.get(f"metric.{kind}.axes")) is not None:
             k = min(axes.shape[-1], net.feature_dim) if axes.ndim else 0
             d = net.feature_dim
-            device = net.neck.weight.device
+            device = net.weights.device
             net.metric[kind] = Metric(*(torch.zeros(size, device=device) for size in ((d,), (d, k), (k,))))
     return net
 
@@ -253,6 +271,8 @@ def load_backbone(
 # %% ../nbs/24_backbone.ipynb #d50c512a
 def _list_bodies(net: ReIDNet) -> list[nn.Module]:
     "The bodies of a network: those that published weights go into."
+    if net.heads is not None:
+        return [net.body.resnet()]
     bodies = list(net.body.bodies.values()) if isinstance(net.body, MultiViewBody) else [net.body]
     return [body.net if isinstance(body, TokenBody) else body for body in bodies]
 
@@ -286,7 +306,8 @@ def _open_published(config: BackboneConfig) -> tuple[str, WeightsFile]:
 # %% ../nbs/24_backbone.ipynb #4410172a
 def _is_our_net(file: WeightsFile) -> bool:
     "Are these the tensors of a whole network of this kit?"
-    return any(k.startswith("body.") for k in file.tensors) and "neck.weight" in file.tensors
+    has_head = "neck.weight" in file.tensors or any(k.startswith("pooling.") for k in file.tensors)
+    return has_head and any(k.startswith("body.") for k in file.tensors)
 
 # %% ../nbs/24_backbone.ipynb #7047b3a0
 def load_published(
@@ -301,7 +322,10 @@ def load_published(
         return []
     bodies = _list_bodies(net)
     for body in bodies:
-        parts, missing = _load_body(body, file, source, net.neck if len(bodies) == 1 else None)
+        has_neck = len(bodies) == 1 and net.heads is None
+        parts, missing = _load_body(body, file, source, net.neck if has_neck else None)
+    if net.heads is not None:
+        net.body.copy_last_branch()
     print(weights_report(os.path.basename(source), file, parts, missing))
     if not parts.match.has_first_relu and config.first_relu:
         print("  its network has no ReLU after the first norm, this one has; net.first_relu off makes them equal")

@@ -497,4 +497,4 @@ def add_metric(
         del net.metric[settings.feature]    # the new metric is learned on features without the old one
     features = extract_features(net, real.images, **feature_options(settings))
     metric = learn_metric(features, real.records.camera, ridge=ridge)
-    net.metric[settings.feature] = metric.to(net.neck.weight.device)
+    net.metric[settings.feature] = metric.to(net.weights.device)

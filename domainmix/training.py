@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['DOMAIN_LOSSES', 'starting_classifier', 'GradientReversal', 'accuracy', 'domain_feature', 'domain_terms',
            'backbone_loss', 'discriminator_loss', 'TrainState', 'add_discriminator', 'make_train_state',
-           'update_networks', 'add_recorder', 'train_step', 'train_key', 'open_batches', 'run_epoch', 'TrainResult',
-           'make_train_result', 'train', 'train_invariant']
+           'update_networks', 'add_recorder', 'train_step', 'train_key', 'open_batches', 'SeenOnly', 'run_epoch',
+           'TrainResult', 'make_train_result', 'train', 'train_invariant']
 
 # %% ../nbs/40_training.ipynb #bfa89bbe
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,22 +23,23 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from .backbone import ReIDNet
-from .batches import TrainSet, told_domains
+from .batches import augment, augmentation_numbers, ImageStack, told_domains, TrainSet
 from .capture import may_record, StepRecorder
 from .checkpoint import data_key, StageRun, weights_key
 from domainmix.classifier import (
-    ClassifierNet, compile_net, extra_losses, initial_classifier, mean_features, mean_over_views,
+    ClassifierNet, classifier_dim, compile_net, extra_losses, initial_classifier, mean_features, n_classifiers,
+    sum_triplets, weigh_id_loss,
 )
 from .core import autocast, DomainMixError, fingerprint, from_dict, generator, pick_device, to_dict
 from .discriminator import Discriminator, HEADS
-from .distributed import all_gather_rows, mean_gradients
-from .loading import BatchLoader
+from .distributed import all_gather_rows, mean_gradients, process_rows
+from .loading import BatchLoader, fetch_batch, load_batches, to_device_if_fits
 from domainmix.losses import (
     calibrated_entropy_loss, cane_weights, discrimination_loss, domain_balance_loss, id_loss, kl_uniform_loss,
     triplet_loss,
 )
 from .norms import from_domain_bn, to_ghost_bn
-from .optimiser import adam, make_ema, move_to_device, update_ema
+from .optimiser import adam, make_ema, memory_layout, move_to_device, update_ema
 from .schedule import DomainConfig, set_lr, TrainConfig, turn_schedule
 
 # %% ../nbs/40_training.ipynb #54cbc47b
@@ -52,10 +54,10 @@ def starting_classifier(
     "The rows that the classifier starts from; an error if they do not fit the data."
     if rows is None:
         rows = initial_classifier(net, data, config, rng, device)
-    if rows.shape != (data.n_classes, net.feature_dim):
+    if rows.shape != (data.n_classes, classifier_dim(net)):
         raise DomainMixError(
             f"the classifier has the shape {tuple(rows.shape)}, but the data has {data.n_classes} classes"
-            f" and a feature has {net.feature_dim} numbers",
+            f" and a feature has {classifier_dim(net)} numbers",
             "give the classifier that was trained on the same union of sets, or None")
     return rows
 
@@ -116,12 +118,14 @@ def backbone_loss(
     "Eq. (4), and with a discriminator Eq. (11)."
     with autocast(image.device, config.precision):
         raw, neck, logits = model(image)
-    views, all_labels = model.net.views, all_gather_rows(label)
+    all_labels = all_gather_rows(label)
     def triplet(feature): return triplet_loss(feature, all_labels, config.margin)
-    terms = dict(id=id_loss(logits, label.repeat(views), config.smoothing, config.temperature),
-                 triplet=mean_over_views(triplet, views, all_gather_rows(raw.float())))
+    mean_id = id_loss(logits, label.repeat(n_classifiers(model.net)), config.smoothing, config.temperature)
+    terms = dict(id=weigh_id_loss(model.net, mean_id),
+                 triplet=sum_triplets(model.net, triplet, all_gather_rows(raw.float())))
     extra = extra_losses(model.net, all_labels)
-    loss, terms = config.lambda_id * terms["id"] + terms["triplet"] + sum(extra.values()), terms | extra
+    loss = config.lambda_id * terms["id"] + config.lambda_triplet * terms["triplet"] + sum(extra.values())
+    terms |= extra
     if discriminator is not None:
         feature = domain_feature(raw, neck, config)
         added, more_terms = domain_terms(discriminator, feature, all_gather_rows(domain), config, reversal)
@@ -182,6 +186,9 @@ def add_discriminator(
     device: torch.device,
 ) -> None:
     "Give the state a discriminator and its optimiser."
+    if state.model.net.heads is not None and config.feature == "neck":
+        raise DomainMixError("stage3.feature is 'neck', but a network with several heads has no BN neck",
+                             "set stage3.feature to raw")
     count = torch.bincount(domain.cpu())
     state.uses_reversal = config.loss == "reverse"
     state.disc_lr_ratio = 100. if config.disc_lr is None else config.disc_lr / config.lr
@@ -207,7 +214,7 @@ def make_train_state(
     state = TrainState(model, make_ema(model, config.ema))
     if config.compile:
         compile_net(model, data.images[:2], device, config.channels_last)
-    state.optimiser = adam(model, config.lr, config.weight_decay, config.fused)
+    state.optimiser = adam(model, config.lr, config.weight_decay, config.fused, config.amsgrad)
     if getattr(config, "loss", "none") != "none":
         add_discriminator(state, told_domains(data, config.domains), config, seed, device)
     return state
@@ -268,12 +275,14 @@ def train_step(
 
 # %% ../nbs/40_training.ipynb #58a78b47
 def train_key(
-    net: ReIDNet, data: TrainSet, config: TrainConfig, seed: int, classifier: Tensor | None
+    net: ReIDNet, data: TrainSet, config: TrainConfig, seed: int, classifier: Tensor | None,
+    seen_only: Tensor | ImageStack | None = None,
 ) -> dict:
     "What must be equal for a checkpoint to be resumed."
-    return dict(config=to_dict(config), seed=seed, net=weights_key(net),
-                classifier=None if classifier is None else fingerprint(classifier),
-                data=data_key(data.images, data.label, data.camera, data.domain))
+    key = dict(config=to_dict(config), seed=seed, net=weights_key(net),
+               classifier=None if classifier is None else fingerprint(classifier),
+               data=data_key(data.images, data.label, data.camera, data.domain))
+    return key if seen_only is None else key | dict(seen_only=data_key(seen_only))
 
 # %% ../nbs/40_training.ipynb #6aebe715
 def open_batches(
@@ -286,6 +295,32 @@ def open_batches(
     disc_done = sum(disc_turns[:done])
     return loader(epoch, "backbone", done=done - disc_done), loader(epoch, "discriminator", done=disc_done)
 
+# %% ../nbs/40_training.ipynb #be0e4704
+class SeenOnly:
+    "Images without labels that a network sees in training, for the running statistics of its batch norms."
+    def __init__(self, images: Tensor | ImageStack, config: TrainConfig, seed: int, stage: str, device: torch.device):
+        self.images, self.config, self.device = to_device_if_fits(images, device), config, device
+        self.names = seed, stage, "seen only"
+
+    def draws(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        "Endless (indices, random numbers of the augmentation) of batches of P * K images."
+        rng, augment_rng = generator(*self.names, epoch), generator(*self.names, epoch, "augment", device=self.device)
+        n = self.config.p * self.config.k
+        while True: yield torch.randint(len(self.images), (n,), generator=rng), augmentation_numbers(n, augment_rng)
+
+    def load_batch(self, index: Tensor, numbers: Tensor) -> Tensor:
+        "Augmented images (B, 3, H, W): this process's share of a batch."
+        image = fetch_batch(self.images, process_rows(index), self.device)
+        image = augment(image, self.config.augment, process_rows(numbers))
+        return image.contiguous(memory_format=memory_layout(self.config.channels_last, self.device))
+
+    def passes(self, net: nn.Module, epoch: int, done: int = 0) -> Iterator[None]:
+        "Each `next` passes a batch through the network; the first `done` batches of the epoch are left out."
+        streamed = self.images.device != self.device
+        for image in load_batches(self.draws(epoch), self.load_batch, done, streamed):
+            with torch.no_grad(), autocast(self.device, self.config.precision): net.train()(image)
+            yield
+
 # %% ../nbs/40_training.ipynb #45f7c056
 def run_epoch(
     state: TrainState,
@@ -293,10 +328,13 @@ def run_epoch(
     steps: np.recarray,   # the epoch's rows of `turn_schedule`
     config: TrainConfig,
     run: StageRun,        # gives the steps that are left; takes the loss terms
+    seen_only: SeenOnly | None = None,  # more images; before each step the backbone sees a batch of them
 ) -> None:
     "One epoch of stage 2 or 3: the steps that are left of it."
-    batches = open_batches(loader, int(steps.epoch[0]), steps.discriminator.tolist(), run.done)
-    for _, is_disc_turn, lr, reversal in run.steps(steps.tolist()):
+    epoch = int(steps.epoch[0])
+    batches = open_batches(loader, epoch, steps.discriminator.tolist(), run.done)
+    passes = repeat(None) if seen_only is None else seen_only.passes(state.model.net, epoch, run.done)
+    for (_, is_disc_turn, lr, reversal), _ in zip(run.steps(steps.tolist()), passes):
         batch = next(batches[is_disc_turn])
         terms = train_step(state, batch, is_disc_turn, lr, reversal, config)
         run.add(len(batch[1]), **terms)
@@ -329,6 +367,7 @@ def train(
     folder: str | Path | None = None,          # for last.ckpt and log.jsonl; a checkpoint there is resumed
     log: Callable[..., object] | None = None,  # called with the numbers of each epoch, as a `files.Log` is
     classifier: Tensor | None = None,          # (n_classes, D) of the stage before; None: a new one
+    seen_only: Tensor | ImageStack | None = None,  # (N, 3, H, W) uint8: only for the statistics of batch norms
 ) -> TrainResult:
     "Train a backbone and its classifier, and in stage 3 a discriminator in turn with them."
     device, config = pick_device(device), from_dict(type(config), to_dict(config))   # reports a wrong setting by name
@@ -336,10 +375,11 @@ def train(
     epochs = np.unique(steps.epoch)
     loader = BatchLoader(data, config, seed, stage, device)
     state = make_train_state(net, data, config, seed, stage, device, classifier)
-    key = train_key(net, data, config, seed, classifier)
+    key = train_key(net, data, config, seed, classifier, seen_only)
+    seen = None if seen_only is None else SeenOnly(seen_only, config, seed, stage, device)
     with StageRun(stage, len(epochs), len(steps), key, state.checkpoint_parts(), folder, log, device) as run:
         for n in run:
-            run_epoch(state, loader, steps[steps.epoch == epochs[n]], config, run)
+            run_epoch(state, loader, steps[steps.epoch == epochs[n]], config, run, seen)
     return make_train_result(state, run.history)
 
 # %% ../nbs/40_training.ipynb #fdeed57c

@@ -75,7 +75,7 @@ _RESNET50 = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
 _IBN_RELEASE = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0"
 PUBLISHED_URLS = {
     "resnet50": _RESNET50,
-    "resnet50_dualnorm": _RESNET50,
+    **dict.fromkeys(("resnet50_dualnorm", "mgn", "mudeep", "cane_dual"), _RESNET50),   # without what these add
     "resnet50_ibn": f"{_IBN_RELEASE}/resnet50_ibn_a-d9d0bb7b.pth",
 }
 

@@ -23,7 +23,9 @@ from torch.optim.swa_utils import AveragedModel
 from ..backbone import ReIDNet
 from ..batches import TrainSet
 from ..checkpoint import StageRun
-from ..classifier import class_scores, ClassifierNet, compile_net, initial_classifier, mean_features
+from domainmix.classifier import (
+    class_parts, class_scores, ClassifierNet, compile_net, initial_classifier, mean_features,
+)
 from domainmix.core import (
     autocast, DomainMixError, from_dict, generator, later_setting, pick_device, rank_and_size, to_dict,
 )
@@ -137,7 +139,7 @@ class DropoutClassifierNet(ClassifierNet):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "As `ClassifierNet`; the class scores are those of the feature after dropout."
         raw, neck = self.net(x)
-        return raw, neck, class_scores(self.drop(neck), self.classifier.weight, self.net.views)
+        return raw, neck, class_scores(self.drop(neck), self.classifier.weight, class_parts(self.net))
 
 # %% ../../nbs/baselines/00_clustering.ipynb #84367781
 class Learner(AveragedNet):
@@ -145,7 +147,7 @@ class Learner(AveragedNet):
     def start_epoch(self, data: TrainSet, features: Tensor, rng: torch.Generator, drop_rng=None) -> None:
         "New classifier and optimiser for the clusters of `data`; `features` (N, D) are those of `inference_net`."
         c, self.drop = self.config, SeededDropout(self.config.dropout, drop_rng)
-        rows = cluster_classifier(self.net, data, c, features, rng, self.device)
+        rows = cluster_classifier(self.inference_net, data, c, features, rng, self.device)
         self.model = DropoutClassifierNet(self.net, rows, self.drop).to(self.device).train()
         self.average_classifier = average_of_epoch(self.model.classifier, self.average, c)
         self.optimiser = adam(self.model, c.lr, c.weight_decay, c.fused, c.amsgrad)
@@ -166,7 +168,7 @@ class Learner(AveragedNet):
         with autocast(self.device, self.config.precision):
             raw, neck = self.average(image)
             rows = self.average_classifier.module.weight
-            return raw.float(), class_scores(self.drop(neck), rows, self.net.views).float()
+            return raw.float(), class_scores(self.drop(neck), rows, class_parts(self.net)).float()
 
 # %% ../../nbs/baselines/00_clustering.ipynb #1b6cd38a
 class SavedNumbers(dict):

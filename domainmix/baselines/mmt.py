@@ -21,8 +21,8 @@ from ..backbone import ReIDNet
 from .clustering import Learner, PlainConfig, train_on_clusters
 from ..batches import TrainSet
 from ..checkpoint import StageRun, weights_key
-from ..classifier import ClassifierNet, extra_losses, mean_over_views
-from ..core import autocast, DomainMixError, from_dict, pick_device, to_dict
+from ..classifier import ClassifierNet, extra_losses, n_classifiers, sum_triplets, weigh_id_loss
+from ..core import autocast, DomainMixError, from_dict, later_setting, pick_device, to_dict
 from ..distributed import all_gather_rows
 from ..loading import BatchLoader
 from ..losses import hardest_pairs, id_loss, triplet_loss
@@ -35,10 +35,15 @@ from ..tracks import Tracks
 class MMTConfig(PlainConfig):
     "Mutual mean-teaching: two networks, each taught by clusters and by the other's average."
     ema: float = 0.999                   # decay of the moving averages of the weights, which are the teachers
+    ema_warmup: bool = True              # the decay rises from 0 over 1/2, 2/3, ... to ema
     soft_id: float = 0.5                 # weight of the soft identity loss; the hard one has 1 - soft_id
     soft_triplet: float = 0.8            # weight of the soft triplet loss; the hard one has 1 - soft_triplet
     # images of the two networks: shared (both have the same) or own (each network draws its own)
     batches: Literal["shared", "own"] = "shared"
+    # the second network: train (on A, with another seed), or copy (both networks start as one)
+    second: Literal["train", "copy"] = "train"
+    # in the training of both networks on A, let them also see B, for the running statistics of batch norms
+    pretrain_real: bool = later_setting(False)
 
     def checked(self) -> "MMTConfig":
         "The same settings; values that have no meaning are refused."
@@ -116,17 +121,17 @@ def mutual_loss(
     "Identity and triplet loss, each partly on the clusters and partly on the answer of the other's teacher."
     with autocast(image.device, config.precision):
         raw, _, logits = model(image)
-    features, labels, views = all_gather_rows(raw.float()), all_gather_rows(label), model.net.views
+    features, labels, net = all_gather_rows(raw.float()), all_gather_rows(label), model.net
     def hard(f): return triplet_loss(f, labels, config.margin)
     def soft(f, teacher): return soft_triplet_loss(f, teacher, labels)
-    terms = dict(id=id_loss(logits, label.repeat(views), config.smoothing, config.temperature),
-                 triplet=mean_over_views(hard, views, features),
-                 soft_id=soft_id_loss(logits, from_teacher[1], config.temperature),
-                 soft_triplet=mean_over_views(soft, views, features, all_gather_rows(from_teacher[0])))
+    mean_id = id_loss(logits, label.repeat(n_classifiers(net)), config.smoothing, config.temperature)
+    terms = dict(id=weigh_id_loss(net, mean_id), triplet=sum_triplets(net, hard, features),
+                 soft_id=weigh_id_loss(net, soft_id_loss(logits, from_teacher[1], config.temperature)),
+                 soft_triplet=sum_triplets(net, soft, features, all_gather_rows(from_teacher[0])))
     identity = (1 - config.soft_id) * terms["id"] + config.soft_id * terms["soft_id"]
     triplet = (1 - config.soft_triplet) * terms["triplet"] + config.soft_triplet * terms["soft_triplet"]
     extra = extra_losses(model.net, labels)
-    loss = config.lambda_id * identity + triplet + sum(extra.values())
+    loss = config.lambda_id * identity + config.lambda_triplet * triplet + sum(extra.values())
     return loss, dict(loss=loss, **terms, **extra)
 
 # %% ../../nbs/baselines/01_mmt.ipynb #924c2d5b

@@ -335,7 +335,7 @@ class KeepLayoutNet(nn.Module):
     "A `ReIDNet` that leaves images in their layout."
     def __init__(self, net: ReIDNet):
         super().__init__()
-        self.net, self.views = net, net.views
+        self.net, self.views, self.heads = net, net.views, net.heads
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         raw = self.net.pool(self.net.body(x))
