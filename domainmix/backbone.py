@@ -24,8 +24,8 @@ from .norms import to_domain_bn
 from .bodies import _build_body, _add_input_channels, BackboneConfig, BODIES, TokenBody
 from .builtin import BUILTIN, builtin_file, check_builtin_fits
 from domainmix.weights import (
-    _check_fits, _fetch, _first_differences, _load_checked, _timm_weights, has_initial_weights, match_body, read_weights,
-    split_weights, weights_report, WeightsFile, WeightsParts,
+    _check_fits, _fetch, _first_differences, _load_checked, _timm_weights, has_initial_weights, match_body,
+    read_weights, split_weights, weights_report, WeightsFile, WeightsParts,
 )
 
 # %% ../nbs/24_backbone.ipynb #4b09316c
