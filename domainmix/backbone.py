@@ -27,8 +27,8 @@ from domainmix.bodies import (
 )
 from .builtin import BUILTIN, builtin_file, check_builtin_fits
 from domainmix.weights import (
-    _check_fits, _fetch, _first_differences, _load_checked, _timm_weights, has_initial_weights, match_body, read_weights,
-    split_weights, weights_report, WeightsFile, WeightsParts,
+    _check_fits, _fetch, _first_differences, _load_checked, _timm_weights, has_initial_weights, match_body,
+    read_weights, split_weights, weights_report, WeightsFile, WeightsParts,
 )
 
 # %% ../nbs/24_backbone.ipynb #4b09316c

@@ -252,7 +252,8 @@ def _check_snr_config(config: BackboneConfig) -> None:
     changed = [k for k in ("snr_stages", "snr_weights", "snr_stripes", "snr_pairs")
                if getattr(config, k) != getattr(defaults, k)]
     if changed and not config.snr:
-        raise DomainMixError(f"{changed[0]} is {getattr(config, changed[0])}, but snr is off", "set snr, or leave it out")
+        said = f"{changed[0]} is {getattr(config, changed[0])}, but snr is off"
+        raise DomainMixError(said, "set snr, or leave it out")
     if config.snr and config.name not in SNR_BACKBONES:
         raise DomainMixError(f"snr is on, but {config.name} does not have the four residual stages that it needs",
                              f"leave snr off, or use one of {', '.join(SNR_BACKBONES)}")
@@ -312,6 +313,14 @@ def _check_body_config(config: BackboneConfig) -> None:
     _check_snr_config(config)
     _check_multi_head(config)
 
+# %% ../nbs/22_bodies.ipynb #df2bd561
+def _add_snr(body: nn.Sequential, config: BackboneConfig, seed: int, *whose) -> nn.Sequential:
+    "The body with SNR behind its stages; the weights of SNR have random numbers of their own."
+    body = importlib.import_module("domainmix.baselines.snr").insert_snr(body, config)     # a later notebook
+    added = nn.ModuleList(part for name, part in body.named_children() if name.startswith("snr"))
+    _init_weights(added, seed, "snr", *whose)
+    return body
+
 # %% ../nbs/22_bodies.ipynb #d9787cff
 def _build_body(config: BackboneConfig, seed: int, *whose) -> tuple[nn.Module, int]:
     "The body of `config` with initial weights, and its channels; `whose` gives a second body other weights."
@@ -324,10 +333,7 @@ def _build_body(config: BackboneConfig, seed: int, *whose) -> tuple[nn.Module, i
     if not config.first_relu:
         body.relu = nn.Identity()
     _init_weights(body, seed, *whose)
-    if config.snr:
-        body = importlib.import_module("domainmix.baselines.snr").insert_snr(body, config)   # defined in a later notebook
-        _init_weights(nn.ModuleList(p for name, p in body.named_children() if name.startswith("snr")), seed, "snr", *whose)
-    return body, channels
+    return _add_snr(body, config, seed, *whose) if config.snr else body, channels
 
 # %% ../nbs/22_bodies.ipynb #a1f2d3b7
 def _add_input_channels(body: nn.Module, more: int) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CANE_STAGE3', 'CANE_RECIPE', 'RoundsConfig', 'CameraNet', 'choose_action', 'set_goals', 'plan_passes', 'pass_batches',
-           'hide_cameras', 'train_pass', 'head_accuracies', 'check_cameras', 'Rounds', 'start_rounds', 'do_action',
+           'hide_cameras', 'train_pass', 'head_accuracies', 'numbered_cameras', 'Rounds', 'start_rounds', 'do_action',
            'cane_rounds']
 
 # %% ../../nbs/baselines/08_cane.ipynb #c8929cb5
@@ -214,8 +214,8 @@ def _sgd(config: RoundsConfig, *modules: nn.Module) -> torch.optim.SGD:
     options = dict(momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0)
     return torch.optim.SGD(parameters, 1., **options)
 
-# %% ../../nbs/baselines/08_cane.ipynb #49a51d39
-def check_cameras(data: TrainSet) -> Tensor:
+# %% ../../nbs/baselines/08_cane.ipynb #d9ec6b22
+def numbered_cameras(data: TrainSet) -> Tensor:
     "The camera of each image, numbered from 0; refuse a set without known cameras, or with a single one."
     camera = told_domains(data, "camera")
     if len(camera.unique()) < 2:
@@ -236,12 +236,12 @@ class Rounds(NamedTuple):
     numbers: SavedNumbers          # of `choose_action`
     config: RoundsConfig
 
-# %% ../../nbs/baselines/08_cane.ipynb #87c350eb
+# %% ../../nbs/baselines/08_cane.ipynb #683724c8
 def start_rounds(
     net: ReIDNet, data: TrainSet, config: RoundsConfig, seed: int, stage: str, device: torch.device,
 ) -> Rounds:
     "A copy of the network with new heads, and everything that the actions need."
-    camera = check_cameras(data)
+    camera = numbered_cameras(data)
     options = DomainConfig(p=2, k=2, domains="camera", augment=config.augment, channels_last=config.channels_last)
     rows = (data.label >= 0).nonzero()[:, 0].cpu()
     count = torch.bincount(camera[rows])

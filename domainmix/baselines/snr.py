@@ -10,7 +10,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from ..bodies import BackboneConfig, ResidualBlock
+from ..bodies import BackboneConfig
 from ..body_parts import average_to_size
 from ..core import DomainMixError
 from ..distributed import all_gather_rows
@@ -99,7 +99,8 @@ class SNR(nn.Module):
 # %% ../../nbs/baselines/03_snr.ipynb #4532870e
 def _stage_names(body: nn.Sequential) -> list[str]:
     "The names of the residual stages of a body, in order."
-    return [name for name, part in body.named_children() if name.startswith("layer") or isinstance(part, ResidualBlock)]
+    def is_stage(name, part): return name.startswith("layer") or hasattr(part, "downsample")   # ResNet-50, small
+    return [name for name, part in body.named_children() if is_stage(name, part)]
 
 # %% ../../nbs/baselines/03_snr.ipynb #7f3d7520
 def _out_channels(stage: nn.Module) -> int:

@@ -389,8 +389,9 @@ def _camera_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
     own = method.stage3.get("domains") == "camera"
     remedy = f"or choose another {flag('method')}" if own else "or leave it at set"
     what = f"{flag('method')} {config.method}" if own else f"{flag('stage3.domains')} is camera"
-    faults = [Fault(f"{what}: not all cameras of {name} are known", f"give {flag('pattern')} with a group camera, {remedy}")
-              for name, numbers in camera.items() if (numbers < 0).any()]
+    known = f"give {flag('pattern')} with a group camera, {remedy}"
+    faults = [Fault(f"{what}: not all cameras of {name} are known", known) for name, numbers in camera.items()
+              if (numbers < 0).any()]
     if not faults and camera and sum(len(np.unique(numbers)) for numbers in camera.values()) < 2:
         faults.append(Fault(f"{what}: there is one camera only", f"give images of two or more, {remedy}"))
     return faults
