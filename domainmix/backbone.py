@@ -137,8 +137,7 @@ def _compared_feature(net: nn.Module, x: Tensor, feature: str) -> Tensor:
 # %% ../nbs/24_backbone.ipynb #54392af9
 class ReIDNet(nn.Module):
     "One or two bodies, averages over horizontal stripes or body parts, and a BN neck."
-    layout = torch.channels_last   # of its maps; other modules may choose another
-    heads = None   # of a network with several heads: what its losses read (25_heads)
+    layout, heads = torch.channels_last, None   # of its maps; what the losses read, if there are several heads
 
     def __init__(
         self,

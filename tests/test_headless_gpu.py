@@ -15,6 +15,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from domainmix import training
 from domainmix.baselines.labellers import LABELLERS
+from domainmix.bodies import MULTI_HEAD
 from domainmix.checkpoint import StageRun
 from domainmix.cli import main as domainmix
 from domainmix.core import from_dict
@@ -90,7 +91,7 @@ PRESETS = {"world": {"width": 8}, **{f"paper-rp-msmt-market{short and '-' + shor
 
 
 def test_each_backbone_is_tried():
-    tried = {"small", *BACKBONES.values(), *OTHERS}
+    tried = {"small", *BACKBONES.values(), *OTHERS, *MULTI_HEAD}
     assert tried == set(BACKBONE_SETTINGS)
 
 
@@ -110,6 +111,14 @@ OTHERS = ("osnet_x0_25", "osnet", "osnet_ibn_x0_25", "resnet50_dualnorm")   # of
 @pytest.mark.parametrize("backbone", OTHERS)
 def test_another_backbone_runs_to_its_end(backbone, data):
     with gpu(): assert finish(write_settings(data, backbone, **{**BRIEF, "backbone": backbone, "target": "world", "method": "only-a", "all_stages": False}), 5) == 1
+    check_finished(data/"runs"/backbone, ("stage0", "stage2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", MULTI_HEAD)
+def test_a_backbone_with_several_heads_runs_to_its_end(backbone, data):
+    settings = {**BRIEF, "height": 48, "net": {"weights": "none", "width": 8}, "backbone": backbone, "target": "world", "method": "only-a", "all_stages": False}
+    with gpu(): assert finish(write_settings(data, backbone, **settings), 5) == 1
     check_finished(data/"runs"/backbone, ("stage0", "stage2"))
 
 

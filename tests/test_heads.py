@@ -1,4 +1,5 @@
 """Networks with several heads (MGN, MuDeep, CaNE-Dual) in all stages of a run, tiny."""
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from domainmix.checkpoint import StageRun
 from domainmix.classifier import classifier_dim, initial_classifier, mean_features
 from domainmix.core import DomainMixError, generator, to_dict
 from domainmix.deploy import export
-from domainmix.files import save_weights
+from domainmix.files import raise_on_sigterm, save_weights, Terminated
 from domainmix.images import normalise
 from domainmix.loading import toy_train_set
 from domainmix.pseudolabel import ClusterConfig
@@ -43,6 +44,22 @@ def narrow(name): return build_backbone(BackboneConfig(name, width=8, stripes=1)
 def people(): return union(tall(toy_train_set(0)), tall(toy_train_set(1)))
 
 
+def test_a_training_that_is_killed_goes_on_to_the_same_network(people, tmp_path, monkeypatch):
+    "MuDeep: its dropout must be resumed too."
+    net, config = narrow("mudeep"), TrainConfig(**{**SHORT, "epochs": 2, "iterations": 3})
+    whole, add, steps = train(net, people, config, device="cpu"), StageRun.add, []
+    def stop(self, images, **terms):
+        add(self, images, **terms)
+        steps.append(terms)
+        if len(steps) == 5: signal.raise_signal(signal.SIGTERM)     # in the second epoch
+    monkeypatch.setattr(StageRun, "add", stop)
+    with pytest.raises(Terminated), raise_on_sigterm(): train(net, people, config, device="cpu", folder=tmp_path)
+    again = train(net, people, config, device="cpu", folder=tmp_path)
+    assert len(steps) == 6 and whole.net.neck.step == 6 and torch.equal(again.classifier, whole.classifier)
+    for (k, a), b in zip(whole.net.state_dict().items(), again.net.state_dict().values()): assert torch.equal(a, b), k
+
+
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_network_and_can_be_used(tmp_path, monkeypatch):
     "MuDeep: its dropout must be resumed too."
     def settings(name):
@@ -97,7 +114,7 @@ def test_classifiers_start_from_the_means_of_what_they_read(people, name, read):
     assert torch.equal(pseudo[8:], rows[8:]) and pseudo[:8].abs().max() < .01
 
 
-@pytest.mark.parametrize("name", MULTI_HEAD)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "mgn")) for n in MULTI_HEAD])
 def test_stage_3_starts_from_the_classifier_of_stage_2(people, name):
     config = TrainConfig(**SHORT, lambda_id=1., init_classifier="means")
     second = train(narrow(name), people, config, device="cpu")
@@ -111,7 +128,7 @@ def test_stage_3_starts_from_the_classifier_of_stage_2(people, name):
     assert shades.shape[0] == 2 and shades.min() >= 0 and shades.max() <= 1
 
 
-@pytest.mark.parametrize("labeller", LABELLERS)
+@pytest.mark.parametrize("labeller", ["spcl", "mmt", pytest.param("plain", marks=pytest.mark.slow)])
 def test_labellers_take_a_network_with_several_heads(people, labeller):
     Config, adapt = LABELLERS[labeller]
     real = tall(toy_train_set(1))
@@ -128,7 +145,8 @@ def test_settings_of_the_paper_and_what_does_not_go_together(name):
     assert config.net.width == 64 and config.stage3.feature == config.feature == "raw" and not setting_faults(config)
     images = config.stage2.iterations * config.stage2.p * config.stage2.k
     assert 0 <= images - 32_621 < config.stage2.p * config.stage2.k                    # an epoch of MSMT17
-    def what(**changes): return " ".join(f"{f.what}: {f.remedy}" for f in setting_faults(configure({"backbone": name, "method": "only-a"}, changes)))
-    assert "stripes of a map" in what(height=16, width=16) and "taller images" in what(height=16, width=16)
+    def what(**changes): return " ".join(f"{f.what}: {f.remedy}" for f in setting_faults(configure({"backbone": name, "method": "only-a", "net": {"width": 8}}, changes)))
+    too_small = what(height=16, width=16)
+    assert "stripes of a map" in too_small and "taller images" in too_small
     assert "whole images" in what(**{"net.view": "both"}) and "whole images" in what(**{"net.parts": True})
     assert "stripes of its own" in what(**{"net.stripes": 4}) and "strides" in what(**{"net.last_stride": 2})

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from domainmix.bodies import BODIES, MIN_STRIDED_CHANNELS, BackboneConfig, PointConv
+from domainmix.backbone import build_backbone
+from domainmix.bodies import BODIES, MIN_STRIDED_CHANNELS, MULTI_HEAD, BackboneConfig, PointConv
 from forks import run_code
 from sync import ROOT, modules
 
@@ -134,3 +135,8 @@ def test_no_body_has_a_risky_convolution(name):
     for width in (8, 12, 16) if name == "small" else (32,):
         assert not risky(BODIES[name](BackboneConfig(name, width=width))[0])
     assert risky(nn.Sequential(nn.Conv2d(8, 16, 1, 2))) == ["0"]
+
+
+@pytest.mark.parametrize("name", MULTI_HEAD)
+def test_no_network_with_several_heads_has_a_risky_convolution(name):
+    assert not risky(build_backbone(BackboneConfig(name, width=8, stripes=1)))

@@ -50,8 +50,7 @@ class InputConfig:
     # domainmix-reverse, labelled, labelled-db, only-b, cane, qaconv, stage1, stage1-mmt, stage1-plain or stage1-sda
     method: str = "domainmix-db"
     seed: int = 0                 # seed of all random numbers
-    # small, resnet50[_ibn|_dualnorm], osnet[_ibn][_x0_25], mgn, mudeep, cane_dual or timm:NAME; brings its settings
-    backbone: str = "small"
+    backbone: str = "small"  # brings its settings: see net.name, such as resnet50_ibn, osnet, mgn, mudeep or timm:NAME
     height: int = 64              # rows of an image as the network sees it
     width: int = 32               # columns of an image as the network sees it
     pattern: str | None = None    # regular expression with groups pid and camera, for names of files of folder: sets
