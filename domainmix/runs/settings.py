@@ -115,7 +115,7 @@ SMALL_SETTINGS = {
     "spcl": {**SMALL_STAGE1, "domain_bn": False, "outliers": "negative", "refresh": True},
     "mmt": {**SMALL_STAGE1, "ema": 0.99},
     "plain": SMALL_STAGE1,
-    "sda": {**SMALL_STAGE1, "ema": 0.99, "translation": SMALL_TRANSLATION},
+    "sda": {**SMALL_STAGE1, "p": 8, "ema": 0.99, "translation": SMALL_TRANSLATION},
     "stage2": {"epochs": 4, "iterations": 125, "lr": 2e-3, "schedule": "cosine", "balance": "domain", "lambda_id": 1.0,
                "init_classifier": "means", "warmup": 0.3, "ema": 0.99},
     "stage3": {"epochs": 8, "iterations": 40, "lr": 3e-4, "disc_lr": 3e-3, "schedule": "cosine", "balance": "domain",
