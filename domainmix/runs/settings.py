@@ -124,7 +124,7 @@ SMALL_SETTINGS = {
     "mmt": {**SMALL_STAGE1, "ema": 0.99},
     "plain": SMALL_STAGE1,
     "qaconv": {"epochs": 9, "iterations": 100, "lr": 0.05, "body_lr": 1.0, "schedule": "cosine", "freeze_bn": "off"},
-    "sda": {**SMALL_STAGE1, "ema": 0.99, "translation": SMALL_TRANSLATION},
+    "sda": {**SMALL_STAGE1, "p": 8, "ema": 0.99, "translation": SMALL_TRANSLATION},
     "stage2": {"epochs": 4, "iterations": 125, "lr": 2e-3, "schedule": "cosine", "balance": "domain", "lambda_id": 1.0,
                "init_classifier": "means", "warmup": 0.3, "ema": 0.99},
     "stage3": {"epochs": 8, "iterations": 40, "lr": 3e-4, "disc_lr": 3e-3, "schedule": "cosine", "balance": "domain",
