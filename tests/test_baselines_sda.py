@@ -21,7 +21,7 @@ from domainmix.runs.settings import TINY_SETTINGS, configure, validate_config
 from domainmix.runs.stages import clustering_features
 from domainmix.runs.tables import run_methods
 
-TINY = {**TINY_SETTINGS, "real": "world", "target": "world", "precision": "fp32"}
+TINY = {**TINY_SETTINGS, "pretrain.epochs": 0, "all_stages": False, "real": "world", "target": "world", "precision": "fp32"}
 
 
 def tiny(folder, **settings):
@@ -77,9 +77,9 @@ def test_its_labels_and_features_are_those_of_every_labeller(whole, tmp_path):
 
 
 def test_dbscan_and_a_table(tmp_path):
-    config = tiny(tmp_path, run="table", method="domainmix-db", **{"sda.clusters": "dbscan", "sda.iterations": 2})
-    rows = run_methods(config, ("stage1-plain", "stage1-sda"), (0,))
-    assert [row["model"] for row in rows] == ["seed0/stage1-plain", "seed0/stage1-sda"] and all(0 < row["mAP"] < 1 for row in rows)
+    config = tiny(tmp_path, run="table", **{"sda.clusters": "dbscan", "sda.epochs": 1})
+    [row] = run_methods(config, ("stage1-sda",), (0,))
+    assert row["model"] == "seed0/stage1-sda" and 0 < row["mAP"] < 1
 
 
 @pytest.mark.slow
