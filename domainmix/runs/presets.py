@@ -92,7 +92,7 @@ def _paper_small() -> dict:
 def _mmt_paper() -> dict:
     "The settings of MMT's authors, with k-means as in their paper."
     return {
-        "method": "stage1-mmt",
+        "backbone": "resnet50", "method": "stage1-mmt",
         "pretrain": {"epochs": 80, "iterations": 100, "warmup": 10., "milestones": [40, 70], "lambda_id": 1.,
                      "smoothing": 0.1, "schedule": "step"},
         "mmt": {"epochs": 40, "iterations": 800, "dropout": 0.5, "pretrain_real": True,
