@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import DomainMixError, flag
 from ..baselines.labellers import LABELLERS
-from .authors import SYSTEM_SCORES, SYSTEMS, system_tasks
+from .authors import SYSTEM_SCORES, SYSTEMS, system_tasks, WORLD_SYSTEMS
 from .settings import BACKBONE_SETTINGS, METHODS, RunConfig, check_choice, dataset_specs
 from ..world import GAP
 
@@ -146,13 +146,25 @@ def published_scores(task: str, short: str, method: str) -> tuple[float | None, 
 # %% ../../nbs/runs/05_presets.ipynb #08afd6f3
 def row_title(task: str, short: str, method: str) -> str:
     "The name of a row in a table."
-    return SYSTEMS[short].title if is_system(task) else METHODS[method].title
+    if is_system(task): return SYSTEMS[short].title
+    if task != "world" or not short: return METHODS[method].title
+    of_system = method == WORLD_SYSTEMS[short].get("method", "only-a")
+    return SYSTEMS[short].title if of_system else f"{METHODS[method].title}, {SYSTEMS[short].title}"
+
+# %% ../../nbs/runs/05_presets.ipynb #5a7c0005
+def _world_presets() -> dict[str, tuple[str, str]]:
+    "For the name of each preset of the embedded world: its system, empty for the small network, and its method."
+    names = {"world": ("", "domainmix-db"), **{f"world-{m}": ("", m) for m in METHODS}}
+    for system, settings in WORLD_SYSTEMS.items():
+        names[f"world-{system}"] = system, settings.get("method", "only-a")
+        names |= {f"world-{system}-{m}": (system, m) for m in METHODS}
+    return names
 
 # %% ../../nbs/runs/05_presets.ipynb #5bf8561e
 def parse_preset(name: str) -> tuple[str, str, str]:
-    "Task, short name of the backbone, and method of a preset; for the embedded world ('world', '', method)."
-    worlds = {"world": "domainmix-db", **{f"world-{m}": m for m in METHODS}}
-    if name in worlds: return "world", "", worlds[name]
+    "Task, short name of the backbone or system, and method of a preset; the task of the embedded world is 'world'."
+    worlds = _world_presets()
+    if name in worlds: return "world", *worlds[name]
     if name in VARIANTS:
         raise DomainMixError(f"{name} changes single settings and is no cell of a table",
                              f"give it as {flag('preset')} to run or table")
@@ -167,7 +179,8 @@ def preset_settings(
     "The settings of a preset; all others are the defaults of its backbone."
     if name in VARIANTS: return VARIANTS[name]
     task, short, method = parse_preset(name)
-    if task == "world": return {"synthetic": "world", "real": "world", "target": "world", "method": method}
+    worlds = {"synthetic": "world", "real": "world", "target": "world"}
+    if task == "world": return {**WORLD_SYSTEMS.get(short, {}), **worlds, "method": method}
     sets = {}
     for role, dataset in task_roles(task).items():
         _, layout, folder = PAPER_DATASETS[dataset]
@@ -217,7 +230,8 @@ def _preset_parts_text() -> str:
     lines += ["\npaper-A-C-SYSTEM, such as paper-msmt-market-osnet-ibn: systems of other authors, trained on A alone"]
     for name, system in SYSTEMS.items():
         lines.append(f"  {name:<20}{system.title}: {', '.join(t for t, s in system_tasks() if s == name)}")
-    lines += ["\nworld[-METHOD]: the embedded world with the backbone small"]
+    lines += ["\nworld[-SYSTEM][-METHOD]: the embedded world with the backbone small, or with the network of a system"]
+    lines += [f"  systems: {', '.join(WORLD_SYSTEMS)}"]
     lines += [f"{', '.join(VARIANTS)}: other sizes, small without additions to the paper, a world with a gap, MMT"]
     lines += ["", "domainmix presets WORD lists the names that contain WORD with the paper's figures"]
     return "\n".join(lines)
