@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WATCH_EVERY', 'SDAConfig', 'sda_kmeans', 'update_sda_labels', 'teacher_decay', 'SourceRows', 'TargetEncoder',
            'gan_adam', 'SDAState', 'descend', 'relation_terms', 'generator_step', 'encoder_step', 'discriminator_step',
-           'sda_step', 'watch_translation', 'sda_epoch', 'run_sda_epoch', 'train_sda', 'adapt_sda']
+           'sda_step', 'watch_translation', 'sda_epoch', 'start_sda_epoch', 'run_sda_epoch', 'train_sda', 'adapt_sda']
 
 # %% ../../nbs/baselines/01_sda_training.ipynb #64133440
 from collections.abc import Callable
@@ -20,9 +20,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 from ..backbone import ReIDNet
-from domainmix.baselines.clustering import (
-    AveragedNet, cluster_classifier, embed_learners, parts_of_epoch, PlainConfig, stage_parts, start_cluster_epoch,
-)
+from .clustering import AveragedNet, cluster_classifier, embed_learners, PlainConfig, stage_parts
 from domainmix.baselines.translation import (
     check_spread, check_translation, discriminator_losses, generator_losses, identities_found, ImagePool,
     relation_loss, translation_spread, TranslationConfig, Translator,
@@ -30,7 +28,7 @@ from domainmix.baselines.translation import (
 from ..batches import AugmentConfig, TrainSet
 from ..checkpoint import data_key, StageRun
 from ..classifier import ClassifierNet, initial_classifier
-from ..core import autocast, DomainMixError, from_dict, generator, pick_device, to_dict
+from ..core import autocast, DomainMixError, from_dict, generator, pick_device, rank_and_size, to_dict
 from ..distributed import all_gather_rows, average_bn_stats, call_on_rank0, mean_gradients, process_rows
 from ..knn import camera_centre
 from ..loading import BatchLoader
@@ -113,8 +111,6 @@ class SourceRows(nn.Module):
 # %% ../../nbs/baselines/01_sda_training.ipynb #c596c45b
 class TargetEncoder(AveragedNet):
     "The target encoder, its teacher, and the classifier and optimiser of the epoch."
-    average_classifier = None     # the teacher needs none
-
     def __init__(self, net: ReIDNet, n_source: int, config: SDAConfig, device: torch.device, images: Tensor):
         super().__init__(net, config, device, images)
         self.average.requires_grad_(False)
@@ -129,6 +125,10 @@ class TargetEncoder(AveragedNet):
     def end_epoch(self) -> None:
         "Keep the rows of A."
         self.source.rows.copy_(self.model.classifier.weight.detach()[:len(self.source.rows)])
+
+    def parts_of_epoch(self) -> dict:
+        "What exists during one epoch only, by name."
+        return dict(classifier=self.model.classifier, optimiser=self.optimiser)
 
 # %% ../../nbs/baselines/01_sda_training.ipynb #97b85933
 def gan_adam(
@@ -293,6 +293,24 @@ def sda_epoch(
         run.add(len(a[0]) + len(b[0]), **terms)
         watch_translation(run, step, state.config)
 
+# %% ../../nbs/baselines/01_sda_training.ipynb #5da00010
+def start_sda_epoch(
+    encoder: TargetEncoder,
+    label: Tensor,      # (N,) clusters of the real images
+    features: Tensor,   # (N, D) of the real images by the teacher
+    mix: UnionBatches,
+    seed: int, stage: str, epoch: int,
+) -> BatchLoader:       # of B
+    "Give the encoder a classifier for the clusters, and open the batches of B."
+    data = TrainSet(mix.images[-1], label, mix.camera, torch.ones_like(label))
+    encoder.start_epoch(data, features, generator(seed, stage, epoch, "classifier"))
+    processes = rank_and_size()[1]
+    p = min(mix.config.p, data.n_classes) // processes * processes
+    if not p:
+        raise DomainMixError(f"{stage}, epoch {epoch + 1}: {data.n_classes} clusters, but {processes} processes",
+                             "start fewer processes, or ask for more clusters")
+    return BatchLoader(data, replace(mix.config, p=p), seed, stage, mix.device)
+
 # %% ../../nbs/baselines/01_sda_training.ipynb #ef8a99ae
 def run_sda_epoch(
     state: SDAState,
@@ -313,8 +331,8 @@ def run_sda_epoch(
         if epoch == 0:
             rng = generator(seed, stage, "classifier")
             encoder.source.rows.copy_(initial_classifier(encoder.net, synthetic, state.config, rng, state.device))
-    real_loader = start_cluster_epoch([encoder], labels.label.cpu(), features, mix, seed, stage, epoch)
-    run.keep_for_epoch(**parts_of_epoch([encoder]))
+    real_loader = start_sda_epoch(encoder, labels.label.cpu(), features[0], mix, seed, stage, epoch)
+    run.keep_for_epoch(**encoder.parts_of_epoch())
     sda_epoch(state, (loader, real_loader), epoch, lr, run)
     encoder.end_epoch()
     run.end_epoch(lr=lr[-1], **epoch_label_log(labels, truth))
