@@ -62,6 +62,13 @@ def _make_layers(
         layers += [CountedDropout(dropout, seed + i)] if dropout else []
     return nn.Sequential(*layers, nn.Linear((dim, *hidden)[-1], n_domains))
 
+# %% ../nbs/25_discriminator.ipynb #1f790e35
+def _check_several(n_domains: int) -> None:
+    "Refuse a single domain."
+    if n_domains < 2:
+        said = f"n_domains is {n_domains}, but a discriminator needs two or more domains"
+        raise DomainMixError(said, "give at least 2, one synthetic and one real")
+
 # %% ../nbs/25_discriminator.ipynb #5b6401c5
 class Discriminator(nn.Module):
     "From a feature to one score per domain, Fig. 5."
@@ -75,9 +82,7 @@ class Discriminator(nn.Module):
         dropout: float = 0.,                    # share of the numbers of a hidden layer that are set to 0 in training
     ):
         super().__init__()
-        if n_domains < 2:
-            raise DomainMixError(f"n_domains is {n_domains}, but a discriminator needs two or more domains",
-                                 "give at least 2, one synthetic and one real")
+        _check_several(n_domains)
         self.dim, widths = dim, hidden if hidden is not None else tuple(max(dim // d, 2) for d in (2, 4, 8))
         with torch.random.fork_rng(devices=[]):    # layers initialise themselves; torch's global stream stays as it was
             self.layers = _make_layers(dim, widths, n_domains, slope, dropout, seed)
@@ -87,9 +92,8 @@ class Discriminator(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         "(B, D) -> (B, n)"
         if feature.ndim != 2 or feature.shape[1] != self.dim:
-            shape = tuple(feature.shape)
-            raise DomainMixError(f"features have the shape {shape}, but this discriminator needs (B, {self.dim})",
-                                 "build it with the backbone's feature_dim")
+            said = f"features have the shape {tuple(feature.shape)}, but this discriminator needs (B, {self.dim})"
+            raise DomainMixError(said, "build it with the backbone's feature_dim")
         return self.layers(feature.float())
 
 # %% ../nbs/25_discriminator.ipynb #4898e2a3
