@@ -77,7 +77,7 @@ def test_its_labels_and_features_are_those_of_every_labeller(whole, tmp_path):
 
 
 def test_dbscan_and_a_table(tmp_path):
-    config = tiny(tmp_path, run="table", **{"sda.clusters": "dbscan", "sda.epochs": 1})
+    config = tiny(tmp_path, run="table", **{"sda.cluster.method": "dbscan", "sda.epochs": 1})
     [row] = run_methods(config, ("stage1-sda",), (0,))
     assert row["model"] == "seed0/stage1-sda" and 0 < row["mAP"] < 1
 

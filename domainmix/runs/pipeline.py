@@ -417,19 +417,12 @@ def _mixed_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
     return faults
 
 # %% ../../nbs/runs/04_pipeline.ipynb #33108472
-def _sda_faults(
-    config: RunConfig,
-    n: int,   # images of B
-) -> list[Fault]:
-    "Images that SDA cannot translate, or too few of B for its clusters."
+def _sda_faults(config: RunConfig) -> list[Fault]:
+    "Images that SDA cannot translate."
     if not _needs_stage1(config) or config.labeller != "sda": return []
-    faults = []
     try: check_translation(config.sda.translation, config.height, config.width)
-    except DomainMixError as e: faults.append(Fault(e.what, e.remedy))
-    if config.sda.clusters == "kmeans" and config.sda.n_clusters > n // 2:
-        faults.append(Fault(f"{flag('sda.n_clusters')} is {config.sda.n_clusters}, but B has only {n} images",
-                            f"set it to {n // 2} or less, or {flag('sda.clusters')} to dbscan"))
-    return faults
+    except DomainMixError as e: return [Fault(e.what, e.remedy)]
+    return []
 
 # %% ../../nbs/runs/04_pipeline.ipynb #26102da0
 def size_faults(
@@ -440,7 +433,7 @@ def size_faults(
     "The settings for which the sets are too small."
     faults = _synthetic_size_faults(config, inputs)
     if inputs.real is not None:
-        faults += _real_size_faults(config, inputs) + _sda_faults(config, len(inputs.real.records))
+        faults += _real_size_faults(config, inputs) + _sda_faults(config)
     if not labels_only: faults += _camera_faults(config, inputs)
     if not faults and not labels_only: faults = _mixed_size_faults(config, inputs)
     return list(dict.fromkeys(faults))

@@ -39,7 +39,7 @@ TRAINING_RANGES = {
     "lr": Range(0, 10, True), "disc_lr": Range(0, 10, True), "weight_decay": Range(0, 10),
     "milestones": Range(0, 10**5), "warmup": Range(0, 10**5), "lambda_id": WEIGHT, "lambda_m": WEIGHT,
     "smoothing": BELOW_ONE, "temperature": Range(0, 1000, True), "margin": Range(0, 1000), "ema": BELOW_ONE,
-    "mmt.ema": Range(0, 1, True, True), "sda.ema": Range(0, 1, True, True), "n_clusters": Range(2, 10**6),
+    "mmt.ema": Range(0, 1, True, True), "sda.ema": Range(0, 1, True, True),
     "translation.channels": Range(1, 4096), "translation.disc_channels": Range(1, 4096),
     "translation.blocks": Range(0, 1000), "translation.disc_layers": Range(1, 8),
     **{f"translation.lambda_{loss}": WEIGHT for loss in ("gan", "cycle", "identity", "relation")},

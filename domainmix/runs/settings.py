@@ -470,7 +470,7 @@ TINY_SETTINGS = {
     "height": 32, "width": 16, "net": {"width": 8, "stripes": 2, "view": "whole", "parts": False, "weights": "none"},
     "lower": 2,
     **{s: {"epochs": 2, "iterations": 3, "p": 4, "k": 2} for s in (*TRAINING_SECTIONS, "qaconv")},
-    "sda.n_clusters": 10, "sda.translation": TINY_TRANSLATION,
+    "sda.cluster.n_clusters": 10, "sda.translation": TINY_TRANSLATION,
     "world": {"height": 32, "width": 16, "held_out": 0.0, "a": TINY_DOMAIN, "b": TINY_DOMAIN, "c": TINY_DOMAIN},
 }
 
