@@ -329,8 +329,8 @@ def matching_step(
     loss, terms, maps = matching_loss(state, image, label, config)
     state.optimiser.zero_grad()
     loss.backward()
-    head = set(net.head.parameters())
-    for part in (head, set(net.parameters()) - head) if config.clip else ():
+    for is_head in (True, False) if config.clip else ():     # lists: a set has another order each time
+        part = [p for name, p in net.named_parameters() if name.startswith("head.") == is_head]
         nn.utils.clip_grad_norm_(part, config.clip)
     state.optimiser.step()
     if state.memory is not None: state.memory.store(maps, label)

@@ -123,7 +123,7 @@ SMALL_SETTINGS = {
     "spcl": {**SMALL_STAGE1, "domain_bn": False, "outliers": "negative", "refresh": True},
     "mmt": {**SMALL_STAGE1, "ema": 0.99},
     "plain": SMALL_STAGE1,
-    "qaconv": {"epochs": 9, "iterations": 100, "lr": 0.02, "body_lr": 1.0, "schedule": "cosine", "freeze_bn": "off",
+    "qaconv": {"epochs": 9, "iterations": 100, "lr": 0.1, "body_lr": 0.3, "schedule": "cosine", "freeze_bn": "off",
                "square": 0.3},
     "sda": {**SMALL_STAGE1, "p": 8, "ema": 0.99, "translation": SMALL_TRANSLATION},
     "stage2": {"epochs": 4, "iterations": 125, "lr": 2e-3, "schedule": "cosine", "balance": "domain", "lambda_id": 1.0,
