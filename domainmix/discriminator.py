@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .core import DomainMixError, generator
+from .core import DomainMixError, generator, rank_and_size
 
 # %% ../nbs/25_discriminator.ipynb #fff0d06c
 def _init_linear_layers(layers: nn.Sequential, g: torch.Generator, slope: float = .2) -> None:
@@ -40,16 +40,18 @@ class CountedDropout(nn.Module):
         self,
         share: float,   # of the numbers that are set to 0
         seed: int = 0,  # where the counter starts
+        own_zeros: bool = False,  # does each process of a training have other zeros?
     ):
         super().__init__()
-        self.share = share
+        self.share, self.own_zeros = share, own_zeros
         self.register_buffer("count", torch.tensor(generator(seed, "dropout").initial_seed() % 2 ** 31))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         self.count += 1
-        return x * (counted_uniform(self.count, x.shape) >= self.share) / (1 - self.share)
+        rank, size = rank_and_size() if self.own_zeros else (0, 1)
+        return x * (counted_uniform(self.count * size + rank, x.shape) >= self.share) / (1 - self.share)
 
 # %% ../nbs/25_discriminator.ipynb #5a121156
 def _make_layers(

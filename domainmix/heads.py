@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resnet_stage', 'resnet_trunk', 'resnet_branch', 'BranchedBody', 'stripe_rows', 'stripe_maxima', 'stripe_means',
-           'reduction_layer', 'joined', 'HeadLayout', 'hash32', 'CountedDropout', 'MultiHeadNet']
+           'reduction_layer', 'joined', 'HeadLayout', 'MultiHeadNet']
 
 # %% ../nbs/25_heads.ipynb #258bacf8
 from collections import OrderedDict
@@ -17,7 +17,8 @@ from torch import nn, Tensor
 
 from .backbone import _checked_images, ReIDNet
 from .bodies import PointConv
-from .core import DomainMixError, rank_and_size
+from .core import DomainMixError
+from .discriminator import CountedDropout
 
 # %% ../nbs/25_heads.ipynb #3b2b7efc
 def resnet_stage(
@@ -155,33 +156,6 @@ class HeadLayout(NamedTuple):
             total = total + loss(*([F.normalize(p) for p in parts] if self.unit else parts))
         return self.triplet_weight * total
 
-# %% ../nbs/25_heads.ipynb #03004977
-def hash32(
-    x: Tensor,  # int64, of which the lowest 32 bits are used
-) -> Tensor:    # int64, 0 to 2**32 - 1
-    "A number that looks random for each number: the same on every device."
-    low = 2**32 - 1
-    x = x & low
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = ((x ^ (x >> shift)) * factor) & low
-    return x ^ (x >> 16)
-
-# %% ../nbs/25_heads.ipynb #97e9070c
-class CountedDropout(nn.Module):
-    "Dropout that depends on the number of batches before, and on no random stream."
-    def __init__(self, share: float):   # of the numbers that are set to 0 in training
-        super().__init__()
-        self.share = share
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training: return x
-        rank, size = rank_and_size()
-        start = hash32(self.step * size + rank)      # every process of a training has other zeros
-        kept = hash32(start + torch.arange(x.numel(), device=x.device)) >= self.share * 2**32
-        self.step += 1
-        return x * kept.view(x.shape) / (1 - self.share)
-
 # %% ../nbs/25_heads.ipynb #a12e24d9
 class MultiHeadNet(ReIDNet):
     "A body with several branches, and a pooling that makes the feature and what the classifiers read."
@@ -195,7 +169,7 @@ class MultiHeadNet(ReIDNet):
     ):
         super().__init__(body, feature_dim, averages=1)
         self.pooling, self.heads = pooling, heads
-        self.neck = CountedDropout(dropout) if dropout else nn.Identity()
+        self.neck = CountedDropout(dropout, own_zeros=True) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "(B, 3, H, W) -> raw: the feature that is compared (B, D); read: what the classifiers read (B, R)."
