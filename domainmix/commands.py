@@ -163,7 +163,7 @@ class PresetsCommand:
 @dataclass
 class TablesCommand:
     "Run a whole table of presets and seeds, and print it beside the paper's figures."
-    table: str                      # table1, table2, table3, world1, places, or a JSON file with presets and seeds
+    table: str                      # table1, table2, table3, world1, world3, places, or a JSON file with presets and seeds
     seeds: int | None = None        # how many seeds: 0, 1, ...; None: those of the table
     update: bool = False            # if a run's folder has other settings: repeat the stages that they concern
     device: str = "auto"            # where to compute: auto, cpu, cuda, xpu or mps
@@ -188,7 +188,7 @@ class CompareCommand:
 @dataclass
 class BenchCommand:
     "Time stage 1, evaluation, input and training step of this package beside the usual way, on this machine."
-    what: tuple[str, ...] = tuple(SUITES)  # what to time: stage1, ranking, growth, shortlist, input, step
+    what: tuple[str, ...] = tuple(SUITES)  # what to time: stage1, ranking, growth, shortlist, input, step, systems
     n: int = 12936                  # number of images in stage1 and shortlist
     dim: int = 2048                 # length of a feature in stage1, ranking and shortlist
     methods: tuple[str, ...] = ("auto",)  # stage1: how neighbours are found: auto, fp32, bf16, int8, faiss, pca
@@ -434,7 +434,8 @@ def suite_arguments(args: BenchCommand) -> dict[str, dict]:
         growth=dict(sizes=args.sizes, dim=args.growth_dim),
         shortlist=dict(n=args.n, dim=args.dim),
         input=dict(images=args.images, batch=args.input_batch, **size, rounds=3 * args.rounds),
-        step=dict(batch=args.batch, backbone=args.backbone, **size, ways=args.ways, rounds=args.rounds))
+        step=dict(batch=args.batch, backbone=args.backbone, **size, ways=args.ways, rounds=args.rounds),
+        systems=dict(batch=args.batch, rounds=args.rounds, sizes=(args.queries, args.gallery)))
 
 # %% ../nbs/79_commands.ipynb #b7d01422
 def do_bench(args: BenchCommand) -> None:

@@ -21,6 +21,7 @@ import torch
 
 # %% ../../nbs/bench/01_speed.ipynb #449253b8
 from .. import __version__
+from .costs import bench_systems, systems_text
 from .training import bench_input, bench_step, input_text, measure, step_text
 from ..core import DomainMixError, bf16_is_fast, compile_loop, generator, int8_is_fast, pick_device
 from ..evaluation import _chunk_match_ranks, rank
@@ -335,7 +336,7 @@ def bench_shortlist(
 # %% ../../nbs/bench/01_speed.ipynb #c14f2bd6
 SUITES = {
     "stage1": bench_stage1, "ranking": bench_ranking, "growth": bench_growth, "shortlist": bench_shortlist,
-    "input": bench_input, "step": bench_step,
+    "input": bench_input, "step": bench_step, "systems": bench_systems,
 }
 
 # %% ../../nbs/bench/01_speed.ipynb #22271573
@@ -413,6 +414,6 @@ def bench_text(
 ) -> str:
     "The results in a few lines."
     texts = dict(stage1=stage1_text, ranking=ranking_text, growth=growth_text, shortlist=shortlist_text,
-                 input=input_text, step=step_text)
+                 input=input_text, step=step_text, systems=systems_text)
     machine = ", ".join(f"{k} {v}" for k, v in results["machine"].items())
     return "\n".join([machine, *(f"\n{text(results[name])}" for name, text in texts.items() if results.get(name))])
