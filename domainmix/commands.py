@@ -163,7 +163,7 @@ class PresetsCommand:
 @dataclass
 class TablesCommand:
     "Run a whole table of presets and seeds, and print it beside the paper's figures."
-    table: str                      # table1, table2, table3, world1, world3, places, or a JSON file with presets and seeds
+    table: str                      # table1, table2, table3, world1, world3, places, or a JSON file with presets
     seeds: int | None = None        # how many seeds: 0, 1, ...; None: those of the table
     update: bool = False            # if a run's folder has other settings: repeat the stages that they concern
     device: str = "auto"            # where to compute: auto, cpu, cuda, xpu or mps

@@ -368,7 +368,7 @@ def test_no_sheet_shows_a_query_its_own_file(tmp_path, monkeypatch):
         order = [j for j in np.argsort(-(feature["gallery"] @ x)) if content["gallery"][j] != content["query"][i]]
         right = g.pid[order] == q.pid[i]
         aps.append(np.mean([right[:k + 1].mean() for k in np.flatnonzero(right)]))
-    r = SimpleNamespace(load_split=split.get, last_networks=lambda: ["stage3"], features=lambda stage, name: feature[name], _own_files=None)
+    r = SimpleNamespace(load_split=split.get, last_networks=lambda: ["stage3"], compared=lambda stage: (feature["query"], feature["gallery"]), _own_files=None)
     r.own_files = lambda: Results.own_files(r)
     shown, scores = [], []
 

@@ -78,18 +78,22 @@ def system_tasks() -> list[tuple[str, str]]:
     return [(task, system) for task, system in SYSTEM_SCORES if system in SYSTEMS and task.count("-") == 1]
 
 # %% ../../nbs/runs/05_authors.ipynb #5a7c0002
-def _small_system(backbone: str, **more) -> dict:
+def _small_system(
+    backbone: str,
+    lr: float = 2e-3,  # of stages 0 and 2
+    **more,            # other settings
+) -> dict:
     "Settings of a system with another network than the small one, at the size of the embedded world."
-    train = {stage: dict(SMALL_SETTINGS[stage]) for stage in ("pretrain", "stage2", "stage3")}
-    for settings in train.values(): settings["augment"] = {"erase": 0.}
+    train = {stage: {**SMALL_SETTINGS[stage], "augment": {"erase": 0.}} for stage in ("pretrain", "stage2", "stage3")}
+    for stage in ("pretrain", "stage2"): train[stage]["lr"] = lr
     size = {"height": 64, "width": 32}
     return {"backbone": backbone, **size, "world": size, "net": {"weights": "none"}, **train, **more}
 
 # %% ../../nbs/runs/05_authors.ipynb #5a7c0003
 WORLD_SYSTEMS = {   # systems that need another network than the small one; the others are methods
     "snr": {"net": {"snr": True}},
-    "mgn": _small_system("mgn"),
-    "mudeep": _small_system("mudeep"),
-    "cane-dual": _small_system("cane_dual", method="cane"),
+    "mgn": _small_system("mgn", 5e-4),
+    "mudeep": _small_system("mudeep", 5e-4),
+    "cane-dual": _small_system("cane_dual", 5e-4, method="cane"),
     "osnet-ibn": _small_system("osnet_ibn_x0_25"),
 }

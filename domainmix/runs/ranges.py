@@ -50,7 +50,7 @@ TRAINING_RANGES = {
     "dropout": BELOW_ONE, "eps_share": BELOW_ONE, "lambda_triplet": WEIGHT,
     "augment.flip": SHARE, "augment.erase": SHARE, "augment.pad": Range(0, 4096),
     "augment.erase_area": Range(0, 1, True), "augment.erase_aspect": Range(0, 1000, True),
-    "match_bytes": Range(1, 10**15), "qaconv.iterations": Range(0, 10**6), "qaconv.body_lr": Range(0, 1000),
+    "match_bytes": Range(1, 10**11), "qaconv.iterations": Range(0, 10**6), "qaconv.body_lr": Range(0, 1000),
     "qaconv.clip": WEIGHT, "qaconv.gamma": Range(0, 100), "qaconv.flip": SHARE, "qaconv.pad": Range(0, 4096),
     "qaconv.rotate": Range(0, 180), "qaconv.jitter": SHARE, "qaconv.square": BELOW_ONE,
 }

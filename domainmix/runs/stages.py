@@ -85,8 +85,9 @@ def load_net(
         return load_other_net(net, path)[0], None, None
     with contextlib.nullcontext() if (path.parent/"stage.json").is_file() else own_file(path), wrap_read_errors(path):
         size = _image_size(header)
-        net, state = net or from_dict(BackboneConfig, header["backbone"]), load_weights(path)
-        try: net = load_matcher_state(net, header, state) if "matcher" in header else load_backbone(net, state)
+        try:
+            net, state = net or from_dict(BackboneConfig, header["backbone"]), load_weights(path)
+            net = load_matcher_state(net, header, state) if "matcher" in header else load_backbone(net, state)
         except DomainMixError as e: raise e if str(path) in e.what else e.with_message(f"{path}: {e.what}") from e
         return net, *size
 
