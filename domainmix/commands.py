@@ -192,8 +192,8 @@ class BenchCommand:
     n: int = 12936                  # number of images in stage1 and shortlist
     dim: int = 2048                 # length of a feature in stage1, ranking and shortlist
     methods: tuple[str, ...] = ("auto",)  # stage1: how neighbours are found: auto, fp32, bf16, int8, faiss, pca
-    queries: int = 3368             # ranking: number of queries
-    gallery: int = 15913            # ranking: number of gallery images
+    queries: int = 3368             # ranking and systems: number of queries
+    gallery: int = 15913            # ranking and systems: number of gallery images
     sizes: tuple[int, ...] = (2000, 4000, 8000, 16000, 32621, 65000, 132145)  # growth: numbers of images
     growth_dim: int = 256           # growth: length of a feature
     dense: bool = True              # stage1: also time the dense way: minutes, and memory for some N x N matrices
@@ -201,7 +201,7 @@ class BenchCommand:
     height: int = 256               # input and step: rows of an image
     width: int = 128                # input and step: columns of an image
     input_batch: int = 64           # input: images in a batch
-    batch: int = 8                  # step: images in a batch; on a GPU use 64 or more
+    batch: int = 8                  # step and systems: images in a batch; on a GPU use 64 or more
     backbone: str = "resnet50"      # step: the network, as in `domainmix run`
     ways: tuple[str, ...] = tuple(STEP_VARIANTS)  # step: variants to time: usual, channels_last, bf16, compiled
     rounds: int = 5                 # how often each way is timed; input is timed three times as often
