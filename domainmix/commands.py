@@ -138,7 +138,9 @@ class ExportCommand:
     tolerance: float = 1e-4         # the largest difference from PyTorch's features that is allowed
     backbone: str | None = None     # the architecture, for a file without it, as in `domainmix run`
     last_stride: Literal[1, 2] | None = None  # with --backbone: stride of its last stage; 2 as in ImageNet networks
-    feature: Literal["neck", "raw"] | None = None  # after (neck) or before (raw) the BN neck; None: as the model's run
+    # after (neck) or before (raw) the BN neck, or person: raw, and the person alone counts more than the whole image;
+    # None: as the model's run
+    feature: Literal["neck", "raw", "person"] | None = None
     flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run
     data: str = "data"              # the folder with runs/
 

@@ -98,7 +98,7 @@ class FeatureExtractor(nn.Module):
     def __init__(
         self,
         net: nn.Module,  # has `embed`, as `ReIDNet` does
-        feature: str = "neck",  # after the BN neck, or 'raw', before it
+        feature: str = "neck",  # one of `FEATURES`
         flip: bool = False,  # average with the mirror image's feature
         kind: str = "uint8",  # of the input
     ):
@@ -448,7 +448,7 @@ def export(
     data: str | Path = "data",  # the folder in which a run's name is looked up
     formats: tuple[str, ...] = tuple(EXPORT_FORMATS),  # onnx, torch
     tolerance: float = 1e-4,  # the largest difference from PyTorch's features that is allowed
-    feature: str | None = None,  # neck or raw; None: as the model's run did
+    feature: str | None = None,  # neck, raw or person; None: as the model's run did
     flip: bool | None = None,  # average with the mirror image's feature; None: as the model's run did
     input: str = "uint8",  # what the files take: uint8, float32 (normalised) or unit (0 to 1)
     opset: int = OLDEST_OPSET,  # of model.onnx

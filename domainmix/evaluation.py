@@ -289,13 +289,13 @@ def _check_images(images) -> None:
 
 # %% ../nbs/50_evaluation.ipynb #ceec9fec
 def extract_features(
-    net: torch.nn.Module,    # has `embed`: (B, 3, H, W) normalised, 'neck' or 'raw' -> (B, D)
+    net: torch.nn.Module,    # has `embed`: (B, 3, H, W) normalised, a kind of feature -> (B, D)
     images: torch.Tensor,    # uint8 (N, 3, H, W)
     batch: int = 256,        # images at once
     device: str | torch.device = "cpu",  # where the network goes
     flip: bool = False,      # average with the mirror image
     precision: str = "fp32", # 'fp32', 'bf16' or 'auto'
-    feature: str = "neck",   # after the BN neck, or 'raw', before it
+    feature: str = "neck",   # after the BN neck, or raw or person, before it
 ) -> np.ndarray:             # float32 (N, D), rows of length one
     "Features of images."
     _check_images(images)
@@ -339,7 +339,7 @@ def evaluate(
     batch: int = 256,              # images at once
     flip: bool = False,            # average with the mirror image
     precision: str = "fp32",       # of the network
-    feature: str = "neck",         # after the BN neck, or 'raw', before it
+    feature: str = "neck",         # after the BN neck, or raw or person, before it
     topk: int = 20,                # length of the CMC curve
     centre_cameras: bool = False,  # subtract the mean of its camera from each feature: needs all target images at once
     rerank: RerankConfig | None = None,  # use k-reciprocal neighbours too

@@ -206,7 +206,7 @@ def reading_options(
 def open_model(
     model: Model | str | Path,        # a loaded model, a run's name or folder, a stage's folder, or a file
     config: RunConfig | None = None,  # the architecture, for a file without it
-    feature: str | None = None,       # neck or raw; None: as the model's run did
+    feature: str | None = None,       # neck, raw or person; None: as the model's run did
     flip: bool | None = None,         # average with the mirror image's feature; None: as the model's run did
     device: str = "auto",
     data: str | Path = "data",        # the folder in which a run's name is looked up

@@ -265,7 +265,7 @@ class Model:
     net: ReIDNet
     height: int  # of an image, pixels
     width: int
-    feature: str  # neck or raw: after the BN neck, or before it
+    feature: str  # neck, raw or person: one of `FEATURES`
     flip: bool  # average with the feature of the mirror image
     device: str  # auto, cpu, cuda, xpu or mps
     source: str  # run/stage, or the file's name
@@ -379,7 +379,7 @@ def embed_to_file(
     out: str | Path,  # the .npy file to write; a .csv with the paths is written beside it
     config: RunConfig | None = None,  # the architecture, for a file without it
     skip_bad: bool = False,  # leave unreadable images out
-    feature: str | None = None,  # neck or raw; None: as the model's run did
+    feature: str | None = None,  # neck, raw or person; None: as the model's run did
     flip: bool | None = None,  # average with the mirror image's feature; None: as the model's run did
     device: str = "auto",
     data: str = "data",
@@ -403,7 +403,7 @@ def evaluate_model(
     pattern: str | None = None,  # for a folder: set
     config: RunConfig | None = None,  # the architecture, for a file without it
     skip_bad: bool = False,  # leave unreadable images out
-    feature: str | None = None,  # neck or raw; None: as the model's run did
+    feature: str | None = None,  # neck, raw or person; None: as the model's run did
     flip: bool | None = None,  # average with the mirror image's feature; None: as the model's run did
     device: str = "auto",
     data: str = "data",
@@ -468,7 +468,7 @@ def tune(
     ridge: float = 10.,  # of `learn_metric`
     config: RunConfig | None = None,  # the architecture, for a file without it
     skip_bad: bool = False,  # leave unreadable images out
-    feature: str | None = None,  # neck or raw; None: as the model's run did
+    feature: str | None = None,  # neck, raw or person; None: as the model's run did
     flip: bool | None = None,  # average with the mirror image's feature; None: as the model's run did
     device: str = "auto",
     data: str = "data",

@@ -133,13 +133,13 @@ def _embed_batch(
 # %% ../nbs/30_loading.ipynb #d219520b
 @torch.no_grad()
 def embed_images(
-    net: nn.Module,               # has `embed`: (B, 3, H, W), 'neck' or 'raw' -> (B, D), of length one
+    net: nn.Module,               # has `embed`: (B, 3, H, W), a kind of feature -> (B, D), of length one
     images: Tensor | ImageStack,  # (N, 3, H, W) uint8
     device: torch.device,         # the device of the network
     batch: int = 256,             # images at once
     flip: bool = False,           # average with the feature of the mirror image
     precision: str = "auto",      # as for `core.autocast`
-    feature: str = "neck",        # after the BN neck, or 'raw', before it
+    feature: str = "neck",        # after the BN neck, or raw or person, before it
 ) -> Tensor:                      # (N, D) float32 on the device, of length one
     "Features of all images in eval mode. With several processes, each computes a slice, and all get all features."
     was_training = net.training

@@ -33,8 +33,9 @@ class FeatureCommand:
     backbone: str | None = None
     last_stride: Literal[1, 2] | None = None  # with --backbone: stride of its last stage; 2 as in ImageNet networks
     skip_bad: bool = False          # leave out images that cannot be read, and count them
-    # which feature: after (neck) or before (raw) the batch norm neck; None: the same as in the model's run
-    feature: Literal["neck", "raw"] | None = None
+    # which feature: after (neck) or before (raw) the batch norm neck, or person: raw, and the person alone counts more
+    # than the whole image; None: the same as in the model's run
+    feature: Literal["neck", "raw", "person"] | None = None
     # average the features of an image and its mirror image; None: the same as in the model's run
     flip: bool | None = None
     device: str = "auto"            # where to compute: auto, cpu, cuda, xpu or mps

@@ -74,8 +74,9 @@ class RunConfig(InputConfig):
     # stage 1: SpCL, mutual mean-teaching, plain clustering, or structured domain adaptation
     labeller: Literal["spcl", "mmt", "plain", "sda"] = "spcl"
     start: Literal["stage0", "stage1"] = "stage0"       # the network that stage 2 starts from
-    # features to evaluate: after the BN neck (neck, as in the paper) or before it (raw)
-    feature: Literal["neck", "raw"] = "neck"
+    # features to compare: after the BN neck (neck, as in the paper), before it (raw), or person: raw, but of two views
+    # the person alone counts more than the whole image
+    feature: Literal["neck", "raw", "person"] = "neck"
     flip: bool = False       # evaluate on the mean feature of an image and its mirror image
     all_stages: bool = True  # evaluate the network of every stage, not only the last
     match_bytes: int = later_setting(MATCH_BYTES)  # memory of a matcher (method qaconv) in bytes; it changes no result
@@ -116,7 +117,7 @@ SMALL_TRANSLATION = {"channels": 8, "blocks": 2, "disc_channels": 8, "lr": 1e-3,
 # %% ../../nbs/runs/00_settings.ipynb #3b50b346
 SMALL_SETTINGS = {
     "net": {"width": 24, "stripes": 8, "view": "both", "parts": True, "weights": "auto"},
-    "start": "stage1", "flip": True, "feature": "raw",
+    "start": "stage1", "flip": True, "feature": "person",
     **{f"{stage}.augment.erase": 0. for stage in TRAINING_SECTIONS},
     "pretrain": {"epochs": 9, "iterations": 100, "lr": 2e-3, "schedule": "cosine", "lambda_id": 1.0, "warmup": 0.5,
                  "ema": 0.99},
