@@ -37,7 +37,7 @@ PART_SCALE = 2.  # scale of the part maps in the input, so that a part weighs as
 FEATURE_PARTS = BODY_PARTS[:-1]   # all but the bag, the last
 PART_WEIGHTS = tuple(float(name != "head") for name in FEATURE_PARTS)   # of each part in a feature that is compared
 FEATURES = ("neck", "raw", "person")   # what `ReIDNet.embed` gives
-WHOLE_WEIGHT = 0.5   # of the view of the whole image in the feature person; the view of the person alone has 1
+WHOLE_WEIGHT = 0.5   # length of the view of the whole image in the feature person; the person alone has 1
 
 # %% ../nbs/24_backbone.ipynb #ec5ae476
 class PartMaps(NamedTuple):
@@ -114,10 +114,11 @@ def _average_map(maps: Tensor | PartMaps | tuple[Tensor | PartMaps, ...], averag
     return average_to_size(maps, (averages, 1)).float()[..., 0].mT.flatten(1)
 
 # %% ../nbs/24_backbone.ipynb #dd6e05da
-def _unit_feature(f: Tensor, weights: Tensor, views: Tensor) -> Tensor:
-    "(B, V * S * C) -> the same of length one, its averages weighted (S, 1), the lengths of its views as `views` (V, 1)."
-    f = f.unflatten(1, (len(views), len(weights), -1)) * weights
-    return (F.normalize(f.flatten(2), dim=2) * F.normalize(views, dim=0)).flatten(1)
+def _unit_feature(f: Tensor, weights: Tensor, views: int, whole: float = 1.) -> Tensor:
+    "(B, V * S * C) -> the same, weighted and of length one; the views but the last are `whole` times as long as it."
+    f = F.normalize((f.unflatten(1, (views, len(weights), -1)) * weights).flatten(2), dim=2)
+    if whole != 1: f = torch.cat([whole * f[:, :-1], f[:, -1:]], 1)
+    return f.flatten(1) / (whole**2 * (views - 1) + 1) ** .5
 
 # %% ../nbs/24_backbone.ipynb #e18e5fdc
 def _make_neck(dim: int) -> nn.BatchNorm1d:
@@ -133,8 +134,8 @@ def _compared_feature(net: nn.Module, x: Tensor, feature: str) -> Tensor:
         remedy = "use neck (after the BN neck), raw (before it) or person (raw, the person alone counts more)"
         raise DomainMixError(f"unknown feature {feature!r}", remedy)
     uses_neck = feature == "neck" and net.heads is None
-    views = net.view_weights if feature == "person" else torch.ones_like(net.view_weights)
-    f = _unit_feature(net(x)[uses_neck].float(), net.weights, views)
+    whole = WHOLE_WEIGHT if feature == "person" else 1.
+    f = _unit_feature(net(x)[uses_neck].float(), net.weights, net.views, whole)
     return net.metric[feature](f) if feature in net.metric else f
 
 # %% ../nbs/24_backbone.ipynb #54392af9
@@ -153,7 +154,6 @@ class ReIDNet(nn.Module):
         super().__init__()
         self.body, self.averages, self.views, self.feature_dim = body, averages, views, views * channels * averages
         self.register_buffer("weights", torch.tensor(weights or [1.] * averages)[:, None], persistent=False)
-        self.register_buffer("view_weights", torch.tensor([WHOLE_WEIGHT] * (views - 1) + [1.])[:, None], persistent=False)
         self.neck, self.metric = _make_neck(self.feature_dim), nn.ModuleDict()   # metric: of one of `FEATURES`
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
