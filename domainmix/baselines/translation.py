@@ -79,11 +79,11 @@ class StyleGenerator(nn.Module):
 
 # %% ../../nbs/baselines/01_sda_images.ipynb #c26c32f3
 class PatchDiscriminator(nn.Module):
-    "Judges each patch of an image: 1 for real, 0 for translated."
+    "Judges each patch of an image: 1 for an original, 0 for a translation."
     def __init__(
         self,
         channels: int = 64,  # of the first layer; each later one has twice as many, at most 8 times
-        layers: int = 3,     # that halve the image
+        layers: int = 3,     # that halve height and width
     ):
         super().__init__()
         found = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(.2, True)]
@@ -137,7 +137,7 @@ class Translator(nn.Module):
 # %% ../../nbs/baselines/01_sda_images.ipynb #a1b275ff
 def lsgan_loss(
     score: Tensor,  # of a discriminator, any shape
-    target: float,  # 1 real, 0 translated
+    target: float,  # 1 original, 0 translated
 ) -> Tensor:        # scalar
     "The mean squared distance to the target."
     return (score.float() - target).square().mean()
@@ -160,10 +160,10 @@ def generator_losses(
 # %% ../../nbs/baselines/01_sda_images.ipynb #accd9602
 def discriminator_losses(
     translator: Translator,
-    real: dict[str, Tensor],  # images of each style
+    real: dict[str, Tensor],  # original images of each style
     fake: dict[str, Tensor],  # translations into each style, detached
 ) -> Tensor:                  # the sum over both discriminators
-    "What the discriminators learn: half the sum of the losses on real and on translated images."
+    "The loss of the discriminators: for each, half the sum of its losses on original and on translated images."
     return sum((lsgan_loss(judge(real[style]), 1.) + lsgan_loss(judge(fake[style]), 0.)) / 2
                for style, judge in translator.discriminators.items())
 
@@ -172,15 +172,15 @@ def relation_loss(
     translated: Tensor,  # (B, D) features of translated images
     original: Tensor,    # (B, D) features of their originals by the fixed source encoder
     label: Tensor,       # (B,) identities
-    views: int = 1,      # V, parts of a feature
+    views: int = 1,      # V, the parts of a feature, one for each body of the network
 ) -> Tensor:             # scalar
-    "Relation consistency: translated images stand to one another as the originals do."
+    "Relation consistency: the gap of each triplet of translations should be that of its originals."
     def loss(f, source): return soft_triplet_loss(f, source, label)
     return mean_over_views(loss, views, translated, original)
 
 # %% ../../nbs/baselines/01_sda_images.ipynb #0c20b299
 class ImagePool:
-    "Earlier translations. A checkpoint keeps them."
+    "Earlier translations. They are saved in a checkpoint."
     def __init__(
         self,
         size: int,             # images at most
@@ -189,7 +189,7 @@ class ImagePool:
         self.size, self.device, self.images = size, device, []
 
     def exchange(self, new: Tensor, rng: torch.Generator) -> Tensor:
-        "(B, 3, H, W), as many images: new ones, and earlier ones in the place of others. `rng` is on the CPU."
+        "(B, 3, H, W): the same number of images, some of them replaced by earlier ones. `rng` is on the CPU."
         given = []
         for image, (chance, place) in zip(new, torch.rand(len(new), 2, generator=rng).tolist()):
             if len(self.images) < self.size:

@@ -49,8 +49,8 @@ def feature_matching(
     few, g = min(few, queries), generator(0, "costs")
     q, x = (torch.randn(n, dim, generator=g) for n in (few, gallery))
     q, x = (torch.nn.functional.normalize(v).to(pick_device(device)) for v in (q, x))
-    pid = np.arange(gallery) % max(few, 2)    # every query has right answers
-    rank(q[:1], x, pid[:1], pid)    # compiles
+    pid = np.arange(gallery) % max(few, 2)    # so that every query has gallery images of its identity
+    rank(q[:1], x, pid[:1], pid)    # the first call compiles; it is not timed
     _, cost = measure(lambda: rank(q, x, pid[:few], pid))
     return dict(seconds=cost["seconds"] * queries / few, bytes=gallery * dim * x.element_size())
 
@@ -86,7 +86,7 @@ def system_cost(
     sizes: tuple[int, int] = MARKET_SIZE,  # queries, gallery images
     device: str = "cpu",
 ) -> dict:
-    "What can be counted, and what matching costs."
+    "Parameters, operations and length of the feature, and the time and memory of matching."
     is_matcher = METHODS[config.method].matcher
     row = dict(height=config.height, width=config.width, parameters=n_parameters(net, trained=True),
                operations=count_operations(net, config.height, config.width),
@@ -97,14 +97,14 @@ def system_cost(
 
 # %% ../../nbs/bench/01_costs.ipynb #c0570027
 def all_systems() -> dict[str, RunConfig]:
-    "The systems of Table 3 with a network of their own, and the small network of this package."
+    "All systems but `randperson`, whose network is the baseline's, and the small network of this package."
     return {name: system_config(name) for name in SYSTEMS if name != "randperson"} | {"small": configure()}
 
 # %% ../../nbs/bench/01_costs.ipynb #c0570020
 def bench_systems(
     systems: dict[str, RunConfig] | None = None,  # by name; the others are compared with the first; None: `all_systems`
     batch: int = 8,          # images at once
-    rounds: int = 3,
+    rounds: int = 3,         # how often each network is timed
     sizes: tuple[int, int] = MARKET_SIZE,  # queries, gallery images
     device: str = "cpu",
     tell: Callable[[str], None] = print,   # called with the progress as text
@@ -127,7 +127,7 @@ def bench_systems(
 
 # %% ../../nbs/bench/01_costs.ipynb #c0570021
 def embedding_call(net: torch.nn.Module, config: RunConfig, batch: int, device: str) -> Callable[[], None]:
-    "A function that computes the features, or the maps, of `batch` images; called once, so that all is prepared."
+    "A function that computes the features, or the maps, of `batch` images. It is called once here, to warm up."
     images = torch.zeros(batch, 3, config.height, config.width, device=pick_device(device))
     net = net.to(images.device)
 

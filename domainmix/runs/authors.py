@@ -35,7 +35,7 @@ SYSTEM_SCORES = {  # (task, system): (mAP, rank-1)
 class System:
     "A system of other authors, as it can be trained here."
     title: str       # its name in a table
-    settings: dict   # its recipe, nested or dotted: the backbone, and what differs from the defaults of the backbone
+    settings: dict   # its recipe, nested or dotted: the backbone, and the settings that differ from its defaults
 
     @property
     def method(self) -> str:
@@ -74,7 +74,7 @@ def system_config(
 
 # %% ../../nbs/runs/05_authors.ipynb #241a3275
 def system_tasks() -> list[tuple[str, str]]:
-    "(task, system) of each published figure of a system that can be trained here."
+    "(task, system) of each published figure of a system that is trained on A alone and can be trained here."
     return [(task, system) for task, system in SYSTEM_SCORES if system in SYSTEMS and task.count("-") == 1]
 
 # %% ../../nbs/runs/05_authors.ipynb #5a7c0002
@@ -83,14 +83,14 @@ def _small_system(
     lr: float = 2e-3,  # of stages 0 and 2
     **more,            # other settings
 ) -> dict:
-    "Settings of a system with another network than the small one, at the size of the embedded world."
+    "Settings of a system for the embedded world, if its network is not the small one."
     train = {stage: {**SMALL_SETTINGS[stage], "augment": {"erase": 0.}} for stage in ("pretrain", "stage2", "stage3")}
     for stage in ("pretrain", "stage2"): train[stage]["lr"] = lr
     size = {"height": 64, "width": 32}
     return {"backbone": backbone, **size, "world": size, "net": {"weights": "none"}, **train, **more}
 
 # %% ../../nbs/runs/05_authors.ipynb #5a7c0003
-WORLD_SYSTEMS = {   # systems that need another network than the small one; the others are methods
+WORLD_SYSTEMS = {   # systems with a network of their own, or with SNR in the small one; the others are methods
     "snr": {"net": {"snr": True}},
     "mgn": _small_system("mgn", 5e-4),
     "mudeep": _small_system("mudeep", 5e-4),
