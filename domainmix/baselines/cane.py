@@ -45,7 +45,7 @@ CANE_RECIPE = {   # for `configure`, with the backbone resnet50
 # %% ../../nbs/baselines/08_cane.ipynb #5a7557d4
 @dataclass
 class RoundsConfig:
-    "The authors' rounds of CaNE; all numbers are those of their code, but for `rounds` and `most_repairs`."
+    "The authors' rounds of CaNE; all numbers are those of their code, except `rounds` and `most_repairs`."
     rounds: int = 20          # actions in all
     batch: int = 64           # images in a batch; some have one less
     lr: float = 5.            # of the one step of hide; their code has .1 for cane_weights none, and 10 for domains
@@ -227,7 +227,7 @@ def numbered_cameras(data: TrainSet) -> Tensor:
 
 # %% ../../nbs/baselines/08_cane.ipynb #4374c193
 class Rounds(NamedTuple):
-    "What the actions work on."
+    "What the actions of `cane_rounds` use and change."
     model: CameraNet
     loader: BatchLoader
     rows: Tensor          # int64 (n,), the images with a label

@@ -101,7 +101,7 @@ def paired_views(
     shared: bool,         # the same images for both networks?
     done: int = 0,        # steps of the epoch that were done before
 ) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], ...]]:
-    "For each of two networks: the view it learns from, the view for the other's teacher, and the labels."
+    "For each of two networks: the view it learns from, the view that its teacher gets, and the labels."
     def batches(stream_name):
         for image, label, _ in loader(epoch, stream_name, views=2, done=done):
             yield *image.chunk(2), label[:len(label) // 2]
@@ -178,7 +178,7 @@ def adapt_mmt(
     truth: np.ndarray | None = None,           # (N,) true identities, to log how good the labels are; else not used
     tracks: Tracks | None = None,              # of the real images, from `group_tracks`; None: unknown
     other: ReIDNet | None = None,              # the second network; None: it starts as a copy of the first
-) -> tuple[ReIDNet, Clusters, np.ndarray]:     # first teacher, last clusters, mean features (N, D) of both teachers
+) -> tuple[ReIDNet, Clusters, np.ndarray]:     # average of `net`, last clusters, mean features (N, D) of both averages
     "MMT: mutual mean-teaching."
     _check_same_length(net, other)
     device, config = pick_device(device), from_dict(type(config), to_dict(config)).checked()   # reports a wrong setting
