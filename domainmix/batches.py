@@ -323,7 +323,7 @@ def told_domains(
         return data.domain
     if (data.camera < 0).any():
         unknown = int((data.camera < 0).sum())
-        raise DomainMixError(f"each camera shall be a domain, but {unknown} of {len(data)} images have no known camera",
+        raise DomainMixError(f"the domains are cameras, but {unknown} of {len(data)} images have no known camera",
                              "give a pattern with a group camera, or set stage3.domains to set")
     return torch.stack([data.domain, data.camera], 1).unique(dim=0, return_inverse=True)[1]
 

@@ -72,7 +72,8 @@ def map_averages(
 def _check_places(x: Tensor) -> None:
     "Refuse a map of one position, whose standard deviation is always zero."
     if x.shape[2] * x.shape[3] < 2:
-        raise DomainMixError("SNR cannot normalise a map of one place", "give larger images, or leave out stage 4")
+        raise DomainMixError("SNR cannot normalise a map of one position",
+                             "give larger images, or fewer stages in net.snr_stages")
 
 # %% ../../nbs/baselines/03_snr.ipynb #9b05684b
 class SNR(nn.Module):
