@@ -29,6 +29,7 @@ from .datasets import write_world
 from .deepsort import read_box_table, write_deepsort
 from .deploy import embed_onnx, export
 from .files import save_json, write_atomic
+from .backbone import FeatureKind
 from .inference import embed_to_file, ensure_suffix, evaluate_model, tune
 from .jaccard import RerankConfig
 
@@ -140,7 +141,7 @@ class ExportCommand:
     last_stride: Literal[1, 2] | None = None  # with --backbone: stride of its last stage; 2 as in ImageNet networks
     # after (neck) or before (raw) the BN neck, or person: raw, and the person alone counts more than the whole image;
     # None: as the model's run
-    feature: Literal["neck", "raw", "person"] | None = None
+    feature: FeatureKind | None = None
     flip: bool | None = None        # average the features of an image and its mirror image; None: as the model's run
     data: str = "data"              # the folder with runs/
 

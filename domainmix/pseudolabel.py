@@ -123,7 +123,7 @@ class ClusterConfig:
     neighbours: Literal["auto", "fp32", "bf16", "int8", "faiss", "pca"] = "auto"
     # dbscan; or kmeans: a fixed number of clusters and no outliers, and the settings above have no effect
     method: Literal["dbscan", "kmeans"] = later_setting("dbscan")
-    n_clusters: int | None = later_setting(None)  # clusters of kmeans; None: one for each four images, at most 500
+    n_clusters: int | None = later_setting(None)  # clusters of kmeans; None: one for every four images, at most 500
 
     def resolved(self, n: int) -> "ClusterConfig":
         "The same settings for `n` images: every None is replaced, and the values are checked."

@@ -19,6 +19,7 @@ from .core import DomainMixError
 from .feature_store import ImageFiles, open_model
 from .files import write_atomic
 from .gallery import Answers, answers_text, search
+from .backbone import FeatureKind
 from .inference import Model, ensure_suffix
 from .runs.settings import RunConfig, configure
 from .search_views import result_files, threshold_figure, write_results
@@ -35,7 +36,7 @@ class FeatureCommand:
     skip_bad: bool = False          # leave out images that cannot be read, and count them
     # which feature: after (neck) or before (raw) the batch norm neck, or person: raw, and the person alone counts more
     # than the whole image; None: the same as in the model's run
-    feature: Literal["neck", "raw", "person"] | None = None
+    feature: FeatureKind | None = None
     # average the features of an image and its mirror image; None: the same as in the model's run
     flip: bool | None = None
     device: str = "auto"            # where to compute: auto, cpu, cuda, xpu or mps

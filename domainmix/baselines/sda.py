@@ -331,7 +331,7 @@ def adapt_sda(
     tracks: Tracks | None = None,              # of the real images, from `group_tracks`; None: unknown
 ) -> tuple[ReIDNet, Clusters, np.ndarray]:     # the teacher, the last clusters, the features (N, D) float32
     "SDA: structured domain adaptation."
-    if synthetic is None: raise DomainMixError("SDA needs labelled synthetic images: there are none", "give A: world")
+    if synthetic is None: raise DomainMixError("SDA has no labelled images (A)", "set synthetic, for example to world")
     device, config = pick_device(device), from_dict(type(config), to_dict(config)).checked()   # reports a wrong setting
     check_translation(config.translation, *real_images.shape[-2:])
     mix = UnionBatches(None, real_images, real_camera, config, device, tracks)

@@ -25,7 +25,7 @@ from ..files import load_json, own_file
 from ..world import WorldConfig
 from ..bodies import BackboneConfig, MULTI_HEAD, _build_body, _check_body_config
 from ..builtin import BUILTIN, builtin_differences, check_builtin_fits
-from ..backbone import _average_map, build_backbone
+from ..backbone import _average_map, build_backbone, FeatureKind
 from ..spcl import SpCLConfig
 from ..schedule import DomainConfig, TrainConfig
 from ..baselines.cane import CANE_STAGE3
@@ -76,7 +76,7 @@ class RunConfig(InputConfig):
     start: Literal["stage0", "stage1"] = "stage0"       # the network that stage 2 starts from
     # features to compare: after the BN neck (neck, as in the paper), before it (raw), or person: raw, but of two views
     # the person alone counts more than the whole image
-    feature: Literal["neck", "raw", "person"] = "neck"
+    feature: FeatureKind = "neck"
     flip: bool = False       # evaluate on the mean feature of an image and its mirror image
     all_stages: bool = True  # evaluate the network of every stage, not only the last
     match_bytes: int = later_setting(MATCH_BYTES)  # memory of a matcher (method qaconv) in bytes; it changes no result
