@@ -87,6 +87,8 @@ class EvaluateCommand(FeatureCommand):
     target: str                     # the data set to test on: market1501:DIR, folder:DIR with a pattern, world, ...
     pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera
     centre_cameras: bool = False    # subtract the mean feature of each camera: needs all images at once, no labels
+    # measure the batch norms of the network on the images of each camera: needs all images at once, no labels
+    camera_norms: bool = False
     rerank: bool = False            # also order by k-reciprocal neighbours, which published comparisons leave out
     out: str | None = None          # also write the scores to this file (.json)
 
@@ -102,6 +104,7 @@ class EmbedCommand(FeatureCommand):
     out: str = "features.npy"
     # for folder: sets: a regular expression with groups pid and camera, which are written into the .csv
     pattern: str | None = None
+    camera_norms: bool = False      # measure the batch norms on the images of each camera; needs known cameras
     # also write arrays for DeepSORT into this folder; the images must be crops of `domainmix crop`
     deepsort: str | None = None
 
@@ -298,7 +301,7 @@ def do_evaluate(args: EvaluateCommand) -> None:
     "Print the scores of a network on a target."
     rerank = RerankConfig() if args.rerank else None
     scores = evaluate_model(args.model, args.target, args.pattern, architecture(args), **common_options(args),
-                            centre_cameras=args.centre_cameras, rerank=rerank)
+                            centre_cameras=args.centre_cameras, camera_norms=args.camera_norms, rerank=rerank)
     for name, value in scores.items():
         print(f"{name:<14}{f'{100*value:.1f} %' if isinstance(value, float) else f'{value:,}'}")
     if args.out:
@@ -308,6 +311,7 @@ def do_evaluate(args: EvaluateCommand) -> None:
 def embed_by_onnx(args: EmbedCommand) -> np.ndarray:
     "Features by an exported network, which fixes how they are made."
     fixed = [name for name in ("model", "backbone", "feature", "flip") if getattr(args, name) is not None]
+    if args.camera_norms: fixed.append("camera-norms")
     if fixed:
         raise DomainMixError(f"--onnx and --{fixed[0]} cannot be used together",
                              f"drop --{fixed[0]}: an exported network contains these settings")
@@ -327,7 +331,7 @@ def do_embed(args: EmbedCommand) -> None:
         features = embed_by_onnx(args)
     elif args.model:
         features = embed_to_file(args.model, args.images, args.out, architecture(args), **common_options(args),
-                                 pattern=args.pattern)
+                                 pattern=args.pattern, camera_norms=args.camera_norms)
     else:
         raise DomainMixError("no network is given", "give --model, or --onnx with an exported one")
     print(f"{out}: {features.shape[0]:,} features of {features.shape[1]} numbers")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_matches', 'count_nearer', 'match_ranks', 'Ranking', 'no_feature_error', 'rank', 'RankedList', 'ranked_list',
-           'extract_features', 'compared_inputs', 'evaluate', 'domain_probe', 'domain_directions']
+           'extract_features', 'features_by_camera', 'compared_inputs', 'evaluate', 'domain_probe', 'domain_directions']
 
 # %% ../nbs/50_evaluation.ipynb #dcd0c623
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .baselines.qaconv import QAConvNet
 from .baselines.qaconv_scores import match_images, MATCH_BYTES, PairScores
 from .batches import ImageStack
+from .camera_norms import embed_by_camera
 from .core import DomainMixError, compile_loop, flag, generator, pick_device
 from .distributed import call_on_rank0
 from .images import find_same_files
@@ -304,6 +305,29 @@ def extract_features(
     features = embed_images(net.to(device), images, device, batch, flip, precision, feature)
     return unit_rows(features.cpu(), "features of the network").numpy()
 
+# %% ../nbs/50_evaluation.ipynb #b5ef957e
+def _check_cameras(net: torch.nn.Module, cameras: Sequence[np.ndarray], option: str) -> None:
+    "Refuse an option that needs cameras where none is known, and where there is no feature."
+    if (np.concatenate(cameras) < 0).all():
+        raise DomainMixError(f"{flag(option)} needs the cameras of the images, but none is known",
+                             f"give {flag('pattern')} with a group camera, or leave {flag(option)} out")
+    if isinstance(net, QAConvNet): raise no_feature_error()
+
+# %% ../nbs/50_evaluation.ipynb #66949cef
+def features_by_camera(
+    net: torch.nn.Module,       # has `embed`
+    sides: list[torch.Tensor],  # parts of a data set, such as query and gallery: uint8 (N, 3, H, W)
+    cameras: list[np.ndarray],  # int (N,) of each part, -1 where unknown
+    batch: int = 256,           # images at once
+    device: str | torch.device = "cpu", flip: bool = False, precision: str = "fp32", feature: str = "neck",
+) -> list[np.ndarray]:          # of each part: float32 (N, D), rows of length one
+    "As `extract_features`, with the batch norms measured on the images of each camera in all parts."
+    for images in sides: _check_images(images)
+    _check_cameras(net, cameras, "camera_norms")
+    images, camera = ImageStack.concat(*sides), torch.from_numpy(np.concatenate(cameras))
+    f = embed_by_camera(net, images, camera, pick_device(device), batch, flip, precision, feature).cpu()
+    return [part.numpy() for part in unit_rows(f, "features of the network").split([len(x) for x in sides])]
+
 # %% ../nbs/50_evaluation.ipynb #20ab5e5b
 def compared_inputs(
     net: torch.nn.Module,   # has `embed`; or a matcher, for which flip and feature have no meaning
@@ -311,22 +335,16 @@ def compared_inputs(
     gallery: torch.Tensor,  # uint8 (G, 3, H, W)
     match_bytes: int = MATCH_BYTES,  # memory of a matcher, in bytes
     batch: int = 256,       # images at once
+    cameras: tuple[np.ndarray, np.ndarray] | None = None,  # of both, for `features_by_camera`; None: the saved norms
     **options,              # of `extract_features`
 ) -> tuple:                 # features (Q, D), (G, D); from a matcher, `PairScores` and None
     "What `rank` and `ranked_list` compare."
+    if cameras is not None: return tuple(features_by_camera(net, [query, gallery], cameras, batch, **options))
     if not isinstance(net, QAConvNet):
         return tuple(extract_features(net, images, batch, **options) for images in (query, gallery))
     for images in (query, gallery): _check_images(images)
     use = {k: v for k, v in options.items() if k in ("device", "precision")}
     return match_images(net, query, gallery, memory=match_bytes, batch=min(batch, 64), **use), None
-
-# %% ../nbs/50_evaluation.ipynb #b5ef957e
-def _check_centring(net: torch.nn.Module, cameras: tuple[np.ndarray, np.ndarray]) -> None:
-    "Refuse to centre where no camera is known, and where there is no feature."
-    if (np.concatenate(cameras) < 0).all():
-        raise DomainMixError("centring needs the cameras of the target, but none is known",
-                             f"give {flag('pattern')} with a group camera, or leave {flag('centre_cameras')} out")
-    if isinstance(net, QAConvNet): raise no_feature_error()
 
 # %% ../nbs/50_evaluation.ipynb #cfcdac5d
 def evaluate(
@@ -342,13 +360,15 @@ def evaluate(
     feature: str = "neck",         # after the BN neck, or raw or person, before it
     topk: int = 20,                # length of the CMC curve
     centre_cameras: bool = False,  # subtract the mean of its camera from each feature: needs all target images at once
+    camera_norms: bool = False,    # measure the batch norms on the images of each camera: needs them all too
     rerank: RerankConfig | None = None,  # use k-reciprocal neighbours too
     match_bytes: int = MATCH_BYTES,  # memory of a matcher, in bytes
 ) -> dict[str, float]:             # mAP, rank1, rank5, rank10, mINP, mAP_trapezoid, queries, skipped
     "The scores of a network on a data set."
     pids, cameras = ([getattr(r, name) for r in (query_records, gallery_records)] for name in ("pid", "camera"))
-    if centre_cameras: _check_centring(net, cameras)
+    if centre_cameras: _check_cameras(net, cameras, "centre_cameras")
     options = dict(device=device, batch=batch, flip=flip, precision=precision, feature=feature, match_bytes=match_bytes)
+    if camera_norms: options["cameras"] = cameras
     q, g = compared_inputs(net, query_images, gallery_images, **options)
     own = find_same_files(query_records, query_images, gallery_records, gallery_images)
     if centre_cameras: q, g = camera_centre(np.concatenate([q, g]), np.concatenate(cameras)).split([len(q), len(g)])

@@ -26,7 +26,7 @@ from .core import DomainMixError, pick_device, to_dict, with_overrides
 from .datasets import read_dataset
 from .baselines.qaconv import QAConvNet
 from .baselines.qaconv_scores import match_images, MATCH_BYTES
-from .evaluation import extract_features, no_feature_error
+from .evaluation import extract_features, features_by_camera, no_feature_error
 from .files import save_weights, write_atomic
 from .images import decode_files, unreadable_images_text
 from .metric import learn_metric
@@ -384,6 +384,7 @@ def embed_to_file(
     device: str = "auto",
     data: str = "data",
     pattern: str | None = None,  # for a folder: set, to write identities and cameras into the .csv
+    camera_norms: bool = False,  # measure the batch norms on the images of each camera
 ) -> np.ndarray:
     "Write and return the features of all images of a data set, float32 (N, D), rows of length one."
     net, height, width = open_net(model, config, data)
@@ -393,8 +394,10 @@ def embed_to_file(
     dataset = read_dataset(images, pattern, need=())
     tell_read("", images, dataset.splits)
     parts = decode_dataset(dataset, decoding)
-    features = np.concatenate([extract_features(net, part.images, **options) for part in parts])
-    return write_features(out, features, parts)
+    images, cameras = [part.images for part in parts], [part.records.camera for part in parts]
+    if camera_norms: features = features_by_camera(net, images, cameras, **options)
+    else: features = [extract_features(net, x, **options) for x in images]
+    return write_features(out, np.concatenate(features), parts)
 
 # %% ../nbs/60_inference.ipynb #6c4effe0
 def evaluate_model(
@@ -407,7 +410,7 @@ def evaluate_model(
     flip: bool | None = None,  # average with the mirror image's feature; None: as the model's run did
     device: str = "auto",
     data: str = "data",
-    **options: Any,  # of `evaluate`: centre_cameras, rerank
+    **options: Any,  # of `evaluate`: centre_cameras, camera_norms, rerank
 ) -> dict:
     "Scores of a trained network on a target."
     net, height, width = open_net(model, config, data, matcher=None)

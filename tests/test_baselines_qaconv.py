@@ -61,7 +61,9 @@ def test_the_file_says_that_it_is_a_matcher_and_what_needs_features_refuses_it(t
                 lambda: inference.tune("pairs", spec, out, data=data),
                 lambda: search("pairs", images, images, data=data), lambda: export("pairs", out, data=data),
                 lambda: Results("pairs", data).features("stage2", "query"),
-                lambda: inference.evaluate_model("pairs", "world", data=data, centre_cameras=True)):
+                lambda: inference.embed_to_file("pairs", spec, out, data=data, camera_norms=True),
+                lambda: inference.evaluate_model("pairs", "world", data=data, centre_cameras=True),
+                lambda: inference.evaluate_model("pairs", "world", data=data, camera_norms=True)):
         with pytest.raises(DomainMixError, match=refused): use()
 
 

@@ -333,6 +333,18 @@ def test_embed_writes_features_and_paths(after, sets):
     assert paths[0] == "path" and len(paths) == 61 and all(Path(p).is_file() for p in paths[1:])
 
 
+def test_camera_norms_change_features_and_need_known_cameras(after, sets):
+    target = f"market1501:{sets/'c'}"
+    for name, more in (("saved", []), ("by_camera", ["--camera-norms"])):
+        assert after("evaluate", "--model", "first", "--target", target, "--out", f"{name}.json", *more).code == 0
+        assert after("embed", "--model", "first", "--images", target, "--out", f"{name}.npy", *more).code == 0
+    saved, by_camera = (np.load(after.cwd / f"{name}.npy") for name in ("saved", "by_camera"))
+    assert abs(saved - by_camera).max() > .01 and np.allclose(np.linalg.norm(by_camera, axis=1), 1, atol=1e-4)
+    assert load_json(after.cwd / "saved.json").keys() == load_json(after.cwd / "by_camera.json").keys()
+    wrong(after("embed", "--model", "first", "--images", f"folder:{sets/'crops'}", "--camera-norms"), "none is known", "--pattern", "--camera-norms")
+    wrong(after("embed", "--onnx", "x", "--images", target, "--camera-norms"), "--onnx and --camera-norms cannot be used together")
+
+
 def test_world_writes_three_sets(domainmix):
     small = [f"--world.{d}.{k}" for d in "abc" for k in ("ids=6", "cameras=2", "scenes=1", "passers-by=0")]
     per = [t for d in "abc" for t in (f"--world.{d}.cameras-per-id", "2", "2")]

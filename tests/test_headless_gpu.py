@@ -140,7 +140,7 @@ def test_commands_on_a_finished_run(data, capsys):
         return capsys.readouterr().out
     with gpu():
         assert main(argv) == EXIT_OK
-        on_gpu = do("evaluate", "--model", "done", "--target", "world", "--rerank", "--centre-cameras", "--device", "cuda", "--out", data/"gpu.json")
+        on_gpu = do("evaluate", "--model", "done", "--target", "world", "--rerank", "--centre-cameras", "--camera-norms", "--device", "cuda", "--out", data/"gpu.json")
         do("embed", "--model", "done", "--images", sets, "--device", "cuda", "--out", data/"gpu.npy")
         do("tune", "--model", "done", "--images", sets, "--device", "cuda", "--out", data/"tuned.safetensors")
         do("evaluate", "--model", data/"tuned.safetensors", "--target", f"market1501:{data/PAPER_DATASETS['market'][2]}", "--device", "cuda")
@@ -148,7 +148,7 @@ def test_commands_on_a_finished_run(data, capsys):
         label = do("label", *argv, "--run", "labels", "--method", "domainmix-db", "--out", data/"labels.csv")
     assert "rank1" in on_gpu and "Only A" in table and "refined" in label and (data/"labels.csv").read_text().count("\n") > 50
     do("export", "--model", "done", "--out", data/"exported", "--formats", "torch")
-    do("evaluate", "--model", "done", "--target", "world", "--rerank", "--centre-cameras", "--device", "cpu", "--out", data/"cpu.json")
+    do("evaluate", "--model", "done", "--target", "world", "--rerank", "--centre-cameras", "--camera-norms", "--device", "cpu", "--out", data/"cpu.json")
     do("embed", "--model", "done", "--images", sets, "--device", "cpu", "--out", data/"cpu.npy")
     assert abs(np.load(data/"gpu.npy") - np.load(data/"cpu.npy")).max() < 1e-5
     for name, value in load_json(data/"gpu.json").items(): assert math.isclose(value, load_json(data/"cpu.json")[name], abs_tol=1e-3), name

@@ -155,7 +155,7 @@ def test_neighbours_and_ranks_are_those_of_the_cpu():
 
 def test_a_model_is_evaluated_and_benchmarks_run_on_it(tmp_path):
     run(configure(TINY_SETTINGS, dict(target="world", run="tiny", method="only-a", data=str(tmp_path))))
-    how = dict(data=str(tmp_path), centre_cameras=True, rerank=RerankConfig(k1=5, k2=2), flip=True)
+    how = dict(data=str(tmp_path), centre_cameras=True, camera_norms=True, rerank=RerankConfig(k1=5, k2=2), flip=True)
     quiet = dict(device="cuda", tell=lambda _: None)
     expected = evaluate_model("tiny", "world", device="cpu", **how)
     with gpu():
