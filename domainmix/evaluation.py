@@ -368,8 +368,7 @@ def evaluate(
     pids, cameras = ([getattr(r, name) for r in (query_records, gallery_records)] for name in ("pid", "camera"))
     if centre_cameras: _check_cameras(net, cameras, "centre_cameras")
     options = dict(device=device, batch=batch, flip=flip, precision=precision, feature=feature, match_bytes=match_bytes)
-    if camera_norms: options["cameras"] = cameras
-    q, g = compared_inputs(net, query_images, gallery_images, **options)
+    q, g = compared_inputs(net, query_images, gallery_images, cameras=cameras if camera_norms else None, **options)
     own = find_same_files(query_records, query_images, gallery_records, gallery_images)
     if centre_cameras: q, g = camera_centre(np.concatenate([q, g]), np.concatenate(cameras)).split([len(q), len(g)])
     return call_on_rank0(lambda: rank(q, g, *pids, *cameras, topk, rerank=rerank, own=own).metrics())
