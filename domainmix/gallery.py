@@ -6,10 +6,12 @@
 __all__ = ['QUERIES_AT_ONCE', 'GALLERY_AT_ONCE', 'keep_best', 'best_of_tile', 'best_rows', 'own_rows', 'NoAnswers',
            'import_faiss', 'best_rows_by_faiss', 'Answers', 'answer_row', 'answer_rows', 'write_answers_csv',
            'answers_record', 'above_threshold', 'answers_text', 'in_memory', 'embed_in_memory', 'check_top',
-           'check_cameras', 'compare_embedded', 'list_both', 'search', 'check_search']
+           'check_cameras', 'compare_embedded', 'list_both', 'camera_models', 'embed_by_models', 'search',
+           'check_search']
 
 # %% ../nbs/67_gallery.ipynb #130d385a
 import csv
+import dataclasses
 import io
 import warnings
 from collections import defaultdict
@@ -22,13 +24,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .core import DomainMixError
+from .core import DomainMixError, pick_device
 from domainmix.feature_store import (
-    EmbeddedFiles, ImageFiles, embed_files, list_source, look_up, open_model, read_names,
+    EmbeddedFiles, ImageFiles, embed_files, list_source, look_up, open_model, read_names, reading_options,
 )
+from .camera_norms import adapt_norms, MOST_IMAGES
 from .files import save_json, write_atomic
+from .images import decode_files
 from .inference import Model, list_images
 from .knn import camera_centre, exact_matmul, row_products, unit_rows
+from .pixels import find_bits
 from .records import printable
 
 # %% ../nbs/67_gallery.ipynb #71f6402a
@@ -293,11 +298,11 @@ def check_top(
 def check_cameras(
     query: ImageFiles,
     gallery: ImageFiles,
-    other_cameras: bool,
-    centre_cameras: bool,
+    **options: bool,   # those that need cameras, and whether they are used
 ) -> None:
     "Raise an error if the search needs cameras, but no camera is known."
-    for wanted, flag in ((other_cameras, "--other-cameras"), (centre_cameras, "--centre-cameras")):
+    for name, wanted in options.items():
+        flag = f"--{name.replace('_', '-')}"
         for what, side in (("query", query), ("gallery", gallery)):
             unknown = int((side.column("camera") < 0).sum())
             if wanted and unknown == len(side):
@@ -345,6 +350,44 @@ def list_both(
         look_up(sides[0], gallery)
     return sides
 
+# %% ../nbs/67_gallery.ipynb #d73f555e
+def camera_models(
+    model: Model,
+    gallery: ImageFiles,     # images of known cameras
+    batch: int = 256,        # images at once
+) -> dict[int, Model]:       # camera -> the model with its batch norms
+    "A model for each camera of a gallery."
+    camera, bits, models = gallery.column("camera"), find_bits(gallery.files), {}
+    for c in np.unique(camera[camera >= 0]).tolist():
+        rows = np.flatnonzero(camera == c)
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_IMAGES)).round().astype(int)]
+        pixels = np.empty((len(rows), 3, model.height, model.width), np.uint8)
+        bad = decode_files([gallery.files[i] for i in rows], pixels, bits=bits, **reading_options(model))
+        good = torch.from_numpy(np.delete(pixels, list(bad), 0))
+        net = adapt_norms(model.net, good, pick_device(model.device), batch, precision="fp32")
+        models[c] = dataclasses.replace(model, net=net)
+    return models
+
+# %% ../nbs/67_gallery.ipynb #b754ccf0
+def embed_by_models(
+    models: dict[int, Model],  # of cameras
+    model: Model,              # for images of other or unknown cameras
+    side: ImageFiles,
+    **how: Any,                # of `embed_files`
+) -> EmbeddedFiles:
+    "As `embed_files`, each image by the model of its camera."
+    if not models: return embed_files(model, side, **how)
+    camera = np.where(np.isin(side.column("camera"), list(models)), side.column("camera"), -1)
+    groups = [np.flatnonzero(camera == c) for c in np.unique(camera)]
+    parts = [embed_files(models.get(int(camera[rows[0]]), model), side.select(rows), **how) for rows in groups]
+    place = {file: i for i, file in enumerate(side.files)}
+    rows = np.array([place[file] for part in parts for file in part.side.files])
+    order = rows.argsort(kind="stable")
+    kept = dataclasses.replace(side.select(rows[order]), unreadable=[n for part in parts for n in part.side.unreadable])
+    contents = [content for part in parts for content in part.contents]
+    features = np.concatenate([part.features for part in parts])[order]
+    return EmbeddedFiles(kept, features, [contents[i] for i in order], sum(part.n_new for part in parts))
+
 # %% ../nbs/67_gallery.ipynb #b1be7639
 def search(
     model: Model | str | Path,     # a loaded model, or what `domainmix.load` takes
@@ -359,18 +402,20 @@ def search(
     skip_bad: bool = False,        # leave unreadable images out
     batch: int = 256,              # images at once
     data: str | Path | None = "data",  # features/ in it keeps the features; None: they are not kept
+    camera_norms: bool = False,    # measure the batch norms on the gallery images of each camera; nothing is kept
     **options: Any,                # of `open_model`: config, feature, flip, device
 ) -> Answers:
     "The gallery images that are most similar to each query."
     check_search(top, index, threshold)
     memory = in_memory(query)
     sides = (None, list_source(gallery)) if memory else list_both(query, gallery, pattern)
-    check_cameras(sides[0] or ImageFiles([""], [""]), sides[1], other_cameras, centre_cameras)
+    check_cameras(sides[0] or ImageFiles([""], [""]), sides[1], other_cameras=other_cameras,
+                  centre_cameras=centre_cameras, camera_norms=camera_norms)
     model = open_model(model, data="data" if data is None else data, **options)
-    how = dict(folder=None if data is None else Path(data)/"features", skip_bad=skip_bad, batch=batch)
-    asked = embed_in_memory(model, query, batch) if memory else embed_files(model, sides[0], **how)
-    found = embed_files(model, sides[1], **how)
-    return compare_embedded(asked, found, top, other_cameras, centre_cameras, threshold, index)
+    models = camera_models(model, sides[1], batch) if camera_norms else {}
+    how = dict(folder=None if data is None or models else Path(data)/"features", skip_bad=skip_bad, batch=batch)
+    asked = embed_in_memory(model, query, batch) if memory else embed_by_models(models, model, sides[0], **how)
+    return compare_embedded(asked, embed_by_models(models, model, sides[1], **how), top, other_cameras, centre_cameras, threshold, index)
 
 # %% ../nbs/67_gallery.ipynb #86764f62
 def check_search(

@@ -94,6 +94,8 @@ class SearchCommand(FeatureCommand):
     pattern: str | None = None
     other_cameras: bool = False     # leave out images of the query's own camera; needs known cameras
     centre_cameras: bool = False    # subtract from each feature the mean of its camera; needs known cameras
+    # measure the batch norms on the gallery images of each camera; needs known cameras, and keeps no features
+    camera_norms: bool = False
     # how to find the most similar images: exact (built in), or faiss (the exact index of this library, if installed)
     index: Literal["exact", "faiss"] = "exact"
 
@@ -118,6 +120,9 @@ def chosen_threshold(
     number = None if args.threshold is None else number_or_none(args.threshold)
     if number is not None:
         return number
+    if args.camera_norms:
+        raise DomainMixError("thresholds are measured without --camera-norms",
+                             "give --threshold with a similarity such as 0.6, or leave --camera-norms out")
     file = args.threshold or threshold_file(args.model, args.data)
     found = load_threshold(file, model, args.centre_cameras)
     print(f"threshold {found.threshold:.4f}: false-match rate {100*found.fmr:.3g} % of {found.different_pairs:,} pairs")
@@ -144,7 +149,7 @@ def do_search(args: SearchCommand) -> None:
     model = open_model(args.model, architecture(args), **options)
     limit = chosen_threshold(args, model)
     answers = search(model, args.query, args.gallery, args.top, args.pattern, args.other_cameras, args.centre_cameras,
-                     limit, args.index, args.skip_bad, data=args.data)
+                     limit, args.index, args.skip_bad, data=args.data, camera_norms=args.camera_norms)
     sides = side_text(answers.query, "query", "queries"), side_text(answers.gallery, "gallery image", "gallery images")
     print(*sides, f"{answers.n_new:,} images were embedded, the features of the others were kept\n", sep="; ")
     print(answers_text(answers), "", *write_results(answers, files), sep="\n")

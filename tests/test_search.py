@@ -21,7 +21,9 @@ import domainmix
 from domainmix import feature_store, gallery
 from domainmix.backbone import build_backbone
 from domainmix.cli import main, parse_command
+from domainmix.evaluation import features_by_camera
 from domainmix.files import load_arrays, save_arrays
+from domainmix.inference import decode_list, load
 from domainmix.readers import write_images, write_market1501
 from domainmix.runs.settings import configure
 from domainmix.runs.stages import save_net
@@ -180,6 +182,23 @@ def test_cameras_in_a_search(place, said):
         np.testing.assert_allclose([a["similarity"] for a in query["answers"]], np.sort(S[q])[::-1][:3], atol=1e-4)
 
 
+def test_camera_norms_in_a_search(place, said):
+    shutil.copytree("crops", "some")
+    Path("some/05_c1_99.png").write_bytes(b"no image")
+    argv = "search", "--model", "model.safetensors", "--gallery", "some", "--query", "crops", "--pattern", NAMES, "--camera-norms"
+    assert "05_c1_99.png" in said(*argv, "--out", "a.json")[2]
+    assert said(*argv, "--skip-bad", "--top", 3, "--out", "a.json")[0] == 0
+    files, model = sorted(Path("crops").iterdir()), load("model.safetensors", device="cpu")
+    pixels = decode_list(list(map(str, files)), model.height, model.width, 0)
+    x, = features_by_camera(model.net, [pixels], [np.array([int(f.name[4]) for f in files])], feature=model.feature, flip=model.flip)
+    S, ordinary = x @ x.T, features(files)
+    assert np.abs(S - ordinary @ ordinary.T).max() > .01
+    np.fill_diagonal(S, -np.inf)
+    for q, query in enumerate(json.loads(Path("a.json").read_text())["queries"]):
+        np.testing.assert_allclose([a["similarity"] for a in query["answers"]], np.sort(S[q])[::-1][:3], atol=1e-4)
+    assert not Path("data/features").exists()
+
+
 def test_a_labelled_set_is_searched_by_its_query_and_gallery(place, said):
     market = f"market1501:{place/'market'}"
     code, out, _ = said("search", "--model", "model.safetensors", "--query", market, "--gallery", market, "--out", "a.csv")
@@ -276,6 +295,8 @@ def test_a_threshold_without_labels_says_so(place, said):
     (["--query", "crops", "--top", "0"], ["--top"]),
     (["--query", "crops", "--other-cameras"], ["no camera of the query", "--pattern"]),
     (["--query", "crops", "--centre-cameras", "--pattern", r"^(?P<pid>\d+)"], ["no camera of the query"]),
+    (["--query", "crops", "--camera-norms"], ["no camera of the query", "--pattern"]),
+    (["--query", "crops", "--camera-norms", "--pattern", NAMES, "--same"], ["measured without --camera-norms", "--threshold"]),
     (["--query", "crops", "--pattern", "x(?P<pid>y)"], ["does not match 48 of 48"]),
     (["--query", "crops", "--pattern", "("], ["not a valid regular expression"]),
     (["--query", "crops", "--index", "faiss"], ["faiss is not installed"]),
