@@ -20,23 +20,24 @@ from .loading import embed_images, fetch_batch
 # %% ../nbs/49_camera_norms.ipynb #976ea8d1
 PRIOR_IMAGES = 8      # n_0: the saved statistics count as so many images
 MOST_IMAGES = 1024    # of a camera that are used, spread evenly
-FEWEST_AT_ONCE = 32   # images in a batch that is normalised by its own statistics
+FEWEST_AT_ONCE = 32   # a batch has at least about half as many images, if the camera has them
 
 # %% ../nbs/49_camera_norms.ipynb #999246ae
 def saved_norms(net: nn.Module) -> list[_BatchNorm]:
-    "The batch norms of a network that have saved statistics; an error if there are none."
-    found = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not found:
+    "The batch norms of a network that have saved statistics; an error if its body has none."
+    def norms_of(part): return [m for m in part.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms_of(getattr(net, "body", net)):    # the BN neck alone is not enough
         raise DomainMixError("this network has no batch norms that could be measured for each camera",
                              f"leave {flag('camera_norms')} out")
-    return found
+    return norms_of(net)
 
 # %% ../nbs/49_camera_norms.ipynb #d7a9ab13
 def _measured_batches(images: Tensor | ImageStack, batch: int) -> tuple[Tensor, ...]:
     "The rows of the images that are measured, in batches of about equal size."
     n = min(len(images), MOST_IMAGES)
     rows = torch.linspace(0, len(images) - 1, n).round().long()
-    return rows.tensor_split(max(1, n // max(batch, FEWEST_AT_ONCE)))
+    parts = -(-n // max(batch, FEWEST_AT_ONCE))
+    return tuple(rows[i::parts] for i in range(parts))    # not in runs: neighbours show one person at one time
 
 # %% ../nbs/49_camera_norms.ipynb #1c046fbe
 @torch.no_grad()
@@ -44,21 +45,21 @@ def adapt_norms(
     net: nn.Module,               # has `embed`; not changed
     images: Tensor | ImageStack,  # (N, 3, H, W) uint8, of one camera
     device: torch.device,         # where the copy goes
-    batch: int = 256,             # images at once
+    batch: int = 256,             # images at once; at least 32
     precision: str = "auto",      # as for `core.autocast`
     prior: float = PRIOR_IMAGES,  # n_0
-) -> nn.Module:                   # a copy, in eval mode; without a change if there are fewer than two images
+) -> nn.Module:                   # a copy with the same weights, in eval mode; unchanged if there is only one image
     "The network with the statistics of these images in its batch norms."
-    net = copy.deepcopy(net).to(device).eval()
-    norms = saved_norms(net)
+    net = copy.deepcopy(net, {id(p): p for p in net.parameters()}).to(device).eval()    # with the same weights
+    norms, batches = saved_norms(net), _measured_batches(images, batch)
     if len(images) < 2: return net
     saved = [(m.running_mean.clone(), m.running_var.clone(), m.momentum) for m in norms]
     for m in norms:
         m.reset_running_stats()
-        m.momentum, m.training = None, True    # the mean over all batches; only the norm itself, not what is inside it
-    for rows in _measured_batches(images, batch):
+        m.momentum, m.training = None, True    # None: the mean over all batches; its submodules stay in eval mode
+    for rows in batches:
         with autocast(device, precision): net.embed(normalise(fetch_batch(images, rows, device)), "neck")
-    keep = prior / (prior + len(images))
+    keep = prior / (prior + sum(map(len, batches)))
     for m, (mean, var, momentum) in zip(norms, saved):
         m.running_mean.lerp_(mean, keep)
         m.running_var.lerp_(var, keep)

@@ -87,7 +87,7 @@ class EvaluateCommand(FeatureCommand):
     target: str                     # the data set to test on: market1501:DIR, folder:DIR with a pattern, world, ...
     pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera
     centre_cameras: bool = False    # subtract the mean feature of each camera: needs all images at once, no labels
-    # measure the batch norms of the network on the images of each camera: needs all images at once, no labels
+    # measure the batch-norm statistics on the images of each camera: needs known cameras and no identities
     camera_norms: bool = False
     rerank: bool = False            # also order by k-reciprocal neighbours, which published comparisons leave out
     out: str | None = None          # also write the scores to this file (.json)
@@ -104,7 +104,8 @@ class EmbedCommand(FeatureCommand):
     out: str = "features.npy"
     # for folder: sets: a regular expression with groups pid and camera, which are written into the .csv
     pattern: str | None = None
-    camera_norms: bool = False      # measure the batch norms on the images of each camera; needs known cameras
+    # measure the batch-norm statistics on the images of each camera: needs known cameras and no identities
+    camera_norms: bool = False
     # also write arrays for DeepSORT into this folder; the images must be crops of `domainmix crop`
     deepsort: str | None = None
 

@@ -7,6 +7,7 @@ __all__ = ['find_matches', 'count_nearer', 'match_ranks', 'Ranking', 'no_feature
            'extract_features', 'features_by_camera', 'compared_inputs', 'evaluate', 'domain_probe', 'domain_directions']
 
 # %% ../nbs/50_evaluation.ipynb #dcd0c623
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -308,9 +309,11 @@ def extract_features(
 # %% ../nbs/50_evaluation.ipynb #b5ef957e
 def _check_cameras(net: torch.nn.Module, cameras: Sequence[np.ndarray], option: str) -> None:
     "Refuse an option that needs cameras where none is known, and where there is no feature."
-    if (np.concatenate(cameras) < 0).all():
+    unknown = np.concatenate(cameras) < 0
+    if unknown.all():
         raise DomainMixError(f"{flag(option)} needs the cameras of the images, but none is known",
                              f"give {flag('pattern')} with a group camera, or leave {flag(option)} out")
+    if unknown.any(): warnings.warn(f"the camera of {unknown.sum():,} of {len(unknown):,} images is unknown")
     if isinstance(net, QAConvNet): raise no_feature_error()
 
 # %% ../nbs/50_evaluation.ipynb #66949cef

@@ -6,8 +6,8 @@
 __all__ = ['QUERIES_AT_ONCE', 'GALLERY_AT_ONCE', 'keep_best', 'best_of_tile', 'best_rows', 'own_rows', 'NoAnswers',
            'import_faiss', 'best_rows_by_faiss', 'Answers', 'answer_row', 'answer_rows', 'write_answers_csv',
            'answers_record', 'above_threshold', 'answers_text', 'in_memory', 'embed_in_memory', 'check_top',
-           'check_cameras', 'compare_embedded', 'list_both', 'camera_models', 'embed_by_models', 'search',
-           'check_search']
+           'check_cameras', 'compare_embedded', 'list_both', 'camera_models', 'warn_of_other_cameras',
+           'embed_by_models', 'embed_sides', 'search', 'check_search']
 
 # %% ../nbs/67_gallery.ipynb #130d385a
 import csv
@@ -23,14 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .core import DomainMixError, pick_device
 from domainmix.feature_store import (
-    EmbeddedFiles, ImageFiles, embed_files, list_source, look_up, open_model, read_names, reading_options,
+    CHUNK, content_hash, embed_files, embed_readable, EmbeddedFiles, ImageFiles, list_source, look_up, open_model,
+    read_names, reading_options,
 )
 from .camera_norms import adapt_norms, MOST_IMAGES
 from .files import save_json, write_atomic
-from .images import decode_files
+from .images import decode_files, unreadable_images_text
 from .inference import Model, list_images
 from .knn import camera_centre, exact_matmul, row_products, unit_rows
 from .pixels import find_bits
@@ -307,7 +309,7 @@ def check_cameras(
             unknown = int((side.column("camera") < 0).sum())
             if wanted and unknown == len(side):
                 raise DomainMixError(f"{flag} needs cameras, but no camera of the {what} is known",
-                                     f"give --pattern with a group camera, or leave {flag} out")
+                                     f"give files, and --pattern with a group camera, or leave {flag} out")
             if wanted and unknown:
                 warnings.warn(f"the camera of {unknown:,} of {len(side):,} {what} images is unknown")
 
@@ -368,25 +370,55 @@ def camera_models(
         models[c] = dataclasses.replace(model, net=net)
     return models
 
+# %% ../nbs/67_gallery.ipynb #d81d6e66
+def warn_of_other_cameras(query: ImageFiles, models: dict[int, Model]) -> None:
+    "Warn of queries whose cameras have no gallery images, and so no batch norms of their own."
+    camera = query.column("camera")
+    others = int((~np.isin(camera, list(models)) & (camera >= 0)).sum())
+    if others:
+        warnings.warn(f"the camera of {others:,} of {len(query):,} query images has no gallery image: "
+                      "their features are made without camera norms")
+
 # %% ../nbs/67_gallery.ipynb #b754ccf0
 def embed_by_models(
     models: dict[int, Model],  # of cameras
     model: Model,              # for images of other or unknown cameras
     side: ImageFiles,
-    **how: Any,                # of `embed_files`
+    skip_bad: bool = False,    # leave unreadable images out
+    batch: int = 256,          # images at once
 ) -> EmbeddedFiles:
-    "As `embed_files`, each image by the model of its camera."
-    if not models: return embed_files(model, side, **how)
-    camera = np.where(np.isin(side.column("camera"), list(models)), side.column("camera"), -1)
-    groups = [np.flatnonzero(camera == c) for c in np.unique(camera)]
-    parts = [embed_files(models.get(int(camera[rows[0]]), model), side.select(rows), **how) for rows in groups]
-    place = {file: i for i, file in enumerate(side.files)}
-    rows = np.array([place[file] for part in parts for file in part.side.files])
-    order = rows.argsort(kind="stable")
-    kept = dataclasses.replace(side.select(rows[order]), unreadable=[n for part in parts for n in part.side.unreadable])
-    contents = [content for part in parts for content in part.contents]
-    features = np.concatenate([part.features for part in parts])[order]
-    return EmbeddedFiles(kept, features, [contents[i] for i in order], sum(part.n_new for part in parts))
+    "Features of image files, each by the model of its camera; they are not kept."
+    camera, bits, bad = side.column("camera"), find_bits(side.files), {}
+    features = np.zeros((len(side), model.net.feature_dim), np.float32)
+    for c in tqdm(np.unique(camera).tolist(), "cameras", leave=False, delay=2):
+        rows = np.flatnonzero(camera == c).tolist()
+        for part in (rows[k:k + CHUNK] for k in range(0, len(rows), CHUNK)):
+            found, wrong = embed_readable(models.get(c, model), side, part, batch, bits)
+            features[[i for i in part if i not in wrong]] = found
+            bad |= wrong
+    if bad and (not skip_bad or len(bad) == len(side)):
+        raise DomainMixError(unreadable_images_text(side.names, bad), "copy them again, or add --skip-bad")
+    if bad: warnings.warn(f"left out: {unreadable_images_text(side.names, bad)}")
+    good = np.setdiff1d(np.arange(len(side)), list(bad))
+    kept = dataclasses.replace(side.select(good), unreadable=[side.names[i] for i in sorted(bad)])
+    return EmbeddedFiles(kept, features[good], [content_hash(side.files[i]) for i in good], len(good))
+
+# %% ../nbs/67_gallery.ipynb #00d3ef64
+def embed_sides(
+    model: Model,
+    query: Any,                # as for `search`
+    sides: tuple[ImageFiles | None, ImageFiles],   # query, None if it is in memory, and gallery
+    data: str | Path | None,   # features/ in it keeps the features
+    camera_norms: bool, skip_bad: bool, batch: int,
+) -> tuple[EmbeddedFiles, EmbeddedFiles]:
+    "The features of query and gallery; with camera norms they are not kept."
+    if camera_norms:
+        models = camera_models(model, sides[1], batch)
+        warn_of_other_cameras(sides[0], models)
+        return tuple(embed_by_models(models, model, side, skip_bad, batch) for side in sides)
+    how = dict(folder=None if data is None else Path(data)/"features", skip_bad=skip_bad, batch=batch)
+    asked = embed_in_memory(model, query, batch) if sides[0] is None else embed_files(model, sides[0], **how)
+    return asked, embed_files(model, sides[1], **how)
 
 # %% ../nbs/67_gallery.ipynb #b1be7639
 def search(
@@ -412,10 +444,8 @@ def search(
     check_cameras(sides[0] or ImageFiles([""], [""]), sides[1], other_cameras=other_cameras,
                   centre_cameras=centre_cameras, camera_norms=camera_norms)
     model = open_model(model, data="data" if data is None else data, **options)
-    models = camera_models(model, sides[1], batch) if camera_norms else {}
-    how = dict(folder=None if data is None or models else Path(data)/"features", skip_bad=skip_bad, batch=batch)
-    asked = embed_in_memory(model, query, batch) if memory else embed_by_models(models, model, sides[0], **how)
-    return compare_embedded(asked, embed_by_models(models, model, sides[1], **how), top, other_cameras, centre_cameras, threshold, index)
+    asked, found = embed_sides(model, query, sides, data, camera_norms, skip_bad, batch)
+    return compare_embedded(asked, found, top, other_cameras, centre_cameras, threshold, index)
 
 # %% ../nbs/67_gallery.ipynb #86764f62
 def check_search(

@@ -94,7 +94,8 @@ class SearchCommand(FeatureCommand):
     pattern: str | None = None
     other_cameras: bool = False     # leave out images of the query's own camera; needs known cameras
     centre_cameras: bool = False    # subtract from each feature the mean of its camera; needs known cameras
-    # measure the batch norms on the gallery images of each camera; needs known cameras, and keeps no features
+    # measure the batch-norm statistics on the gallery images of each camera; needs known cameras; features are not
+    # saved in data/features
     camera_norms: bool = False
     # how to find the most similar images: exact (built in), or faiss (the exact index of this library, if installed)
     index: Literal["exact", "faiss"] = "exact"

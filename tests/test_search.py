@@ -197,6 +197,9 @@ def test_camera_norms_in_a_search(place, said):
     for q, query in enumerate(json.loads(Path("a.json").read_text())["queries"]):
         np.testing.assert_allclose([a["similarity"] for a in query["answers"]], np.sort(S[q])[::-1][:3], atol=1e-4)
     assert not Path("data/features").exists()
+    for file in Path("some").glob("*_c2_*"): file.write_bytes(b"no image")         # a camera without a readable image
+    code, _, warned = said(*argv, "--skip-bad", "--top", 3, "--out", "b.json")
+    assert code == 0 and warned.count("left out") == 1
 
 
 def test_a_labelled_set_is_searched_by_its_query_and_gallery(place, said):
