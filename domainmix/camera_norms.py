@@ -20,7 +20,7 @@ from .loading import embed_images, fetch_batch
 # %% ../nbs/49_camera_norms.ipynb #976ea8d1
 PRIOR_IMAGES = 8      # n_0: the saved statistics count as so many images
 MOST_IMAGES = 1024    # of a camera that are used, spread evenly
-FEWEST_AT_ONCE = 32   # a batch has at least about half as many images, if the camera has them
+FEWEST_AT_ONCE = 32   # a smaller `batch` is raised to this: statistics of very few images are inexact
 
 # %% ../nbs/49_camera_norms.ipynb #999246ae
 def saved_norms(net: nn.Module) -> list[_BatchNorm]:
@@ -45,7 +45,7 @@ def adapt_norms(
     net: nn.Module,               # has `embed`; not changed
     images: Tensor | ImageStack,  # (N, 3, H, W) uint8, of one camera
     device: torch.device,         # where the copy goes
-    batch: int = 256,             # images at once; at least 32
+    batch: int = 256,             # images at once; raised to `FEWEST_AT_ONCE`
     precision: str = "auto",      # as for `core.autocast`
     prior: float = PRIOR_IMAGES,  # n_0
 ) -> nn.Module:                   # a copy with the same weights, in eval mode; unchanged if there is only one image
@@ -73,9 +73,8 @@ def embed_by_camera(
     camera: Tensor,               # (N,) integers, -1 where unknown
     device: torch.device,
     batch: int = 256,             # images at once
-    flip: bool = False,           # average with the feature of the mirror image
     precision: str = "auto",      # as for `core.autocast`
-    feature: str = "neck",        # after the BN neck, or raw or person, before it
+    **options,                    # of `embed_images`: flip, feature
 ) -> Tensor:                      # (N, D) float32 on the device, of length one
     "Features of images, each by the network with the statistics of its camera."
     camera, images = torch.as_tensor(camera), as_image_stack(images)
@@ -87,5 +86,5 @@ def embed_by_camera(
         order.append((camera == c).nonzero()[:, 0])
         own = images.select_images(order[-1])
         one = net.to(device) if c < 0 else adapt_norms(net, own, device, batch, precision)
-        features.append(embed_images(one, own, device, batch, flip, precision, feature))
+        features.append(embed_images(one, own, device, batch, precision=precision, **options))
     return torch.cat(features)[torch.cat(order).argsort().to(device)]

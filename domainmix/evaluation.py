@@ -322,13 +322,15 @@ def features_by_camera(
     sides: list[torch.Tensor],  # parts of a data set, such as query and gallery: uint8 (N, 3, H, W)
     cameras: list[np.ndarray],  # int (N,) of each part, -1 where unknown
     batch: int = 256,           # images at once
-    device: str | torch.device = "cpu", flip: bool = False, precision: str = "fp32", feature: str = "neck",
+    device: str | torch.device = "cpu",  # where the network goes
+    precision: str = "fp32",    # 'fp32', 'bf16' or 'auto'
+    **options,                  # of `embed_images`: flip, feature
 ) -> list[np.ndarray]:          # of each part: float32 (N, D), rows of length one
     "As `extract_features`, with the batch norms measured on the images of each camera in all parts."
     for images in sides: _check_images(images)
     _check_cameras(net, cameras, "camera_norms")
     images, camera = ImageStack.concat(*sides), torch.from_numpy(np.concatenate(cameras))
-    f = embed_by_camera(net, images, camera, pick_device(device), batch, flip, precision, feature).cpu()
+    f = embed_by_camera(net, images, camera, pick_device(device), batch, precision, **options).cpu()
     return [part.numpy() for part in unit_rows(f, "features of the network").split([len(x) for x in sides])]
 
 # %% ../nbs/50_evaluation.ipynb #20ab5e5b

@@ -397,7 +397,8 @@ def embed_by_models(
             features[[i for i in part if i not in wrong]] = found
             bad |= wrong
     if bad and (not skip_bad or len(bad) == len(side)):
-        raise DomainMixError(unreadable_images_text(side.names, bad), "copy them again, or add --skip-bad")
+        remedy = "give images that can be read" if skip_bad else "copy them again, or add --skip-bad"
+        raise DomainMixError(unreadable_images_text(side.names, bad), remedy)
     if bad: warnings.warn(f"left out: {unreadable_images_text(side.names, bad)}")
     good = np.setdiff1d(np.arange(len(side)), list(bad))
     kept = dataclasses.replace(side.select(good), unreadable=[side.names[i] for i in sorted(bad)])
