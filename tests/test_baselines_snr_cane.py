@@ -54,13 +54,28 @@ def test_a_run_of_cane_with_snr_goes_on_where_it_was_stopped(tmp_path):
     assert net.eval().embed(torch.randn(2, 3, 32, 16)).shape == (2, net.feature_dim) and net.body.snr1.averages is None
 
 
-def test_cane_without_cameras_is_refused_before_anything_is_trained(tmp_path):
+def test_the_rounds_of_cane_go_on_where_they_were_stopped(tmp_path):
+    whole = run(tiny(tmp_path, run="whole", method="cane-rounds"))
+    stopped_in_stage3(tiny(tmp_path, run="on", method="cane-rounds"))
+    assert (tmp_path/"runs/on/stage3/last.ckpt").is_file()
+    assert run(tiny(tmp_path, run="on", method="cane-rounds")) == whole and whole["stages"].keys() == {"stage0", "stage2", "stage3"}
+    nets = [load_weights(tmp_path/f"runs/{name}/stage3/model.safetensors") for name in ("on", "whole")]
+    assert all(torch.equal(v, nets[1][k]) for k, v in nets[0].items())
+    before = load_weights(tmp_path/"runs/whole/stage2/model.safetensors")
+    assert any(not torch.equal(v, before[k]) for k, v in nets[0].items() if "weight" in k)
+    actions = [line["action"] for line in load_jsonl(tmp_path/"runs/whole/log.jsonl") if line["run"] == "stage3"]
+    assert len(actions) == 2 and set(actions) <= {"hide", "repair", "restart"}
+    assert load_json(tmp_path/"runs/whole/stage3/stage.json")["settings"]["rounds"]["rounds"] == 2
+
+
+@pytest.mark.parametrize("method", ["cane", "cane-rounds"])
+def test_cane_without_cameras_is_refused_before_anything_is_trained(method, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path/"a").mkdir()
     for i in range(16):
         Image.fromarray(rng.integers(0, 256, (32, 16, 3), np.uint8)).save(tmp_path/f"a/{i // 2}_{i}.png")
-    config = tiny(tmp_path, synthetic=f"folder:{tmp_path/'a'}", pattern=r"(?P<pid>\d+)_")
-    with pytest.raises(DomainMixError, match="cane: not all cameras of A are known"):
+    config = tiny(tmp_path, synthetic=f"folder:{tmp_path/'a'}", pattern=r"(?P<pid>\d+)_", method=method)
+    with pytest.raises(DomainMixError, match=f"{method}: not all cameras of A are known"):
         run(config)
     assert not list(tmp_path.rglob("stage0"))
 

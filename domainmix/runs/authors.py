@@ -80,20 +80,23 @@ def system_tasks() -> list[tuple[str, str]]:
 # %% ../../nbs/runs/05_authors.ipynb #5a7c0002
 def _small_system(
     backbone: str,
-    lr: float = 2e-3,  # of stages 0 and 2
+    lr: float = 0.01,  # of stages 0 and 2
+    triplet: float = 1.,   # weight of the triplet loss; from random weights, one with a margin makes all features equal
     **more,            # other settings
 ) -> dict:
-    "Settings of a system for the embedded world, if its network is not the small one."
-    train = {stage: {**SMALL_SETTINGS[stage], "augment": {"erase": 0.}} for stage in ("pretrain", "stage2", "stage3")}
+    "Settings of a system for the small tasks, if its network is not the small one."
+    train = {stage: {**SMALL_SETTINGS[stage], "lambda_triplet": triplet, "augment": {"erase": 0.}}
+             for stage in ("pretrain", "stage2", "stage3")}
     for stage in ("pretrain", "stage2"): train[stage]["lr"] = lr
+    train["pretrain"]["iterations"] = 150   # these networks learn more slowly than the small one
     size = {"height": 64, "width": 32}
     return {"backbone": backbone, **size, "world": size, "net": {"weights": "none"}, **train, **more}
 
 # %% ../../nbs/runs/05_authors.ipynb #5a7c0003
 WORLD_SYSTEMS = {   # systems with a network of their own, or with SNR in the small one; the others are methods
     "snr": {"net": {"snr": True}},
-    "mgn": _small_system("mgn", 5e-4),
-    "mudeep": _small_system("mudeep", 5e-4),
-    "cane-dual": _small_system("cane_dual", 5e-4, method="cane"),
+    "mgn": _small_system("mgn", triplet=0.),
+    "mudeep": _small_system("mudeep", 3e-3, triplet=0.),
+    "cane-dual": _small_system("cane_dual", method="cane"),
     "osnet-ibn": _small_system("osnet_ibn_x0_25"),
 }

@@ -31,7 +31,7 @@ from .inputs import Inputs, Split, read_inputs
 from .folder import LABEL_STAGES, Stage, config_record, prepare_run_folder, run_stage
 from domainmix.runs.stages import (
     N_PROBE, feature_options, load_net, measure_domain_probe, measure_ranking, refine_labels, rewrite_net_headers,
-    second_seed, stage0, stage0_mmt, stage1, stage2, stage3, stage_matcher,
+    second_seed, stage0, stage0_mmt, stage1, stage2, stage3, stage3_rounds, stage_matcher,
 )
 
 # %% ../../nbs/runs/04_pipeline.ipynb #1507402d
@@ -150,10 +150,18 @@ def _plan_stage2(
     settings = {"stage2": config.stage2, **_label_settings(planner)}
     return planner.new_stage("stage2", _label_variant(config), make, settings, *depends_on, section="stage2")
 
+# %% ../../nbs/runs/04_pipeline.ipynb #166abc9b
+def _plan_rounds(planner: RunPlanner, two: Stage) -> Stage:
+    "Stage 3 of the method cane-rounds."
+    config, inputs = planner.config, planner.inputs
+    make = lambda folder, log: stage3_rounds(config, inputs, two.folder, folder, log)
+    return planner.new_stage("stage3", config.method, make, {"rounds": config.rounds}, two)
+
 # %% ../../nbs/runs/04_pipeline.ipynb #235c93ac
 def _plan_stage3(planner: RunPlanner, two: Stage, labels: Stage | None) -> Stage:
     "Stage 3: go on from stage 2, against the domain discriminator."
     config, inputs, folder_of_labels = planner.config, planner.inputs, labels and labels.folder
+    if METHODS[config.method].rounds: return _plan_rounds(planner, two)
     variant = f"{_label_variant(config)}-{METHODS[config.method].loss}"
     make = lambda folder, log: stage3(config, inputs, two.folder, folder_of_labels, folder, log)
     settings = {"stage3": config.stage3, **_label_settings(planner)}
@@ -406,7 +414,7 @@ def _mixed_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
         rows = inputs.real_domain == domain
         known = {"true": len(np.unique(inputs.real.records.pid[rows])), "refined": int(rows.sum()) // config.lower}
         sizes.append(known.get(method.labels, int(rows.sum())))
-    for section in ("stage2", "stage3") if method.loss else ("stage2",):
+    for section in ("stage2", "stage3") if method.loss and not method.rounds else ("stage2",):
         c = getattr(config, section)
         if c.balance == "union":
             faults += _too_few(config, section, c.p, sum(sizes), "the union")

@@ -19,10 +19,12 @@ from tqdm.auto import tqdm
 from ..core import DomainMixError
 from ..files import save_json
 from ..evaluation import compared_inputs, rank
-from .settings import DEFAULT_METHODS, METHODS, RunConfig, configure, run_folder, validate_config
+from domainmix.runs.settings import (
+    DEFAULT_METHODS, METHODS, RunConfig, check_choice, configure, run_folder, validate_config,
+)
 from .inputs import Inputs, read_inputs, same_files
 from .stages import feature_options, load_net
-from .presets import PAPER_DATASETS
+from .presets import PAPER_DATASETS, dataset_spec
 from .tables import mean_and_std, paired_gains, percent_text, run_methods
 
 # %% ../../nbs/runs/07_places.ipynb #fbdfb9bd
@@ -45,12 +47,12 @@ def site_spec(
     data: str | Path,   # the folder with the data sets
 ) -> str:
     "The data set of a site; an error if its folder is missing."
-    title, layout, folder = PAPER_DATASETS[site]
+    title, _, folder = PAPER_DATASETS[site]
     path = Path(data)/folder
     if not os.path.isdir(path):
         raise DomainMixError(f"the table of places needs {title} at {path}: no such folder",
                              "data/README.md says where to get it; a link to the folder is enough")
-    return f"{layout}:{path}"
+    return dataset_spec(site, data)
 
 # %% ../../nbs/runs/07_places.ipynb #e663877e
 def place_config(
@@ -119,6 +121,7 @@ def run_places(
 ) -> list[dict]:
     "A row for each task, target, method and seed, also in DATA/runs/places.json. Finished stages are not repeated."
     targets, rows, only_a = {}, [], None
+    for task in tasks: check_choice(task, PLACE_TASKS, "task")
     for task in tasks:
         config = place_config(task, data, **changes)
         wanted = tuple(m for m in methods if m != "only-a" or only_a is None)

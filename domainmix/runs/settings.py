@@ -28,7 +28,7 @@ from ..builtin import BUILTIN, builtin_differences, check_builtin_fits
 from ..backbone import _average_map, build_backbone, FeatureKind
 from ..spcl import SpCLConfig
 from ..schedule import DomainConfig, TrainConfig
-from ..baselines.cane import CANE_STAGE3
+from ..baselines.cane import CANE_STAGE3, RoundsConfig
 from ..baselines.labellers import LABELLERS
 from ..baselines.mmt import MMTConfig
 from ..baselines.clustering import PlainConfig
@@ -47,7 +47,8 @@ class InputConfig:
     target: str | None = None     # C, unseen, to test on: market1501:DIR, msmt17:DIR, ..., or world; may be left out
     run: str = "run"              # name of the run; its folder is DATA/runs/RUN
     # what is trained: only-a, directmix-initial, directmix, control, domainmix-db, domainmix-kl, domainmix-cane,
-    # domainmix-reverse, labelled, labelled-db, only-b, cane, qaconv, stage1, stage1-mmt, stage1-plain or stage1-sda
+    # domainmix-reverse, labelled, labelled-db, only-b, cane, cane-rounds, qaconv, stage1, stage1-mmt, stage1-plain
+    # or stage1-sda
     method: str = "domainmix-db"
     seed: int = 0                 # seed of all random numbers
     backbone: str = "small"  # brings its settings: see net.name, such as resnet50_ibn, osnet, mgn, mudeep or timm:NAME
@@ -88,6 +89,7 @@ class RunConfig(InputConfig):
     sda: SDAConfig = field(default_factory=SDAConfig)  # stage 1 by structured domain adaptation (--labeller sda)
     stage2: TrainConfig = field(default_factory=TrainConfig)     # stage 2: training on A and B together
     stage3: DomainConfig = field(default_factory=DomainConfig)   # stage 3: training against the domain discriminator
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)   # the rounds of the method cane-rounds
     qaconv: QAConvConfig = field(default_factory=QAConvConfig)   # the matcher of the method qaconv
     world: WorldConfig = field(default_factory=WorldConfig)      # the embedded world, for a data set called world
 
@@ -126,6 +128,7 @@ SMALL_SETTINGS = {
     "plain": SMALL_STAGE1,
     "qaconv": {"epochs": 9, "iterations": 100, "lr": 0.1, "body_lr": 0.3, "schedule": "cosine", "freeze_bn": "off",
                "square": 0.3},
+    "rounds": {"rounds": 8, "lr": 0.1, "head_epochs": 3, "head_fall": 2, "id_epochs": 2, "id_fall": 1},
     "sda": {**SMALL_STAGE1, "p": 8, "ema": 0.99, "translation": SMALL_TRANSLATION},
     "stage2": {"epochs": 4, "iterations": 125, "lr": 2e-3, "schedule": "cosine", "balance": "domain", "lambda_id": 1.0,
                "init_classifier": "means", "warmup": 0.3, "ema": 0.99},
@@ -238,6 +241,7 @@ class Method:
     labeller: str | None = None  # the labeller of stage 1; None: the run's
     stage3: dict = field(default_factory=dict)   # other settings of stage 3 that it sets
     matcher: bool = False        # its one stage trains a matcher, which compares pairs and has no feature
+    rounds: bool = False         # its stage 3 is a sequence of rounds, as CaNE's authors train
 
     @property
     def last_stage(self) -> str:
@@ -259,6 +263,7 @@ METHODS = {
     "labelled-db": Method("true", "db", "true labels, DomainMix (DB)"),
     "only-b": Method("true", None, "Only B (true labels)", synthetic=False),
     "cane": Method("none", "cane", "CaNE (cameras of A)", stage3=CANE_STAGE3),
+    "cane-rounds": Method("none", "cane", "CaNE in rounds (cameras of A)", stage3=CANE_STAGE3, rounds=True),
     "qaconv": Method("none", None, "QAConv", matcher=True),
     "stage1": Method("adapted", None, "stage 1 alone (SpCL)", labeller="spcl"),
     "stage1-mmt": Method("adapted", None, "stage 1 alone (MMT)", labeller="mmt"),
@@ -289,7 +294,8 @@ def inherit_settings(config: RunConfig) -> RunConfig:
     "The config with the precision, memory layout and form of Adam of the run in every stage, unless they are auto."
     given = {name: getattr(config, name) for name in INHERITED}
     changes = {f"{s}.{name}": value for s in TRAINING_SECTIONS for name, value in given.items() if value != "auto"}
-    changes |= {f"qaconv.{k}": given[k] for k in ("precision", "channels_last") if given[k] != "auto"}
+    changes |= {f"{s}.{k}": given[k] for s in ("rounds", "qaconv") for k in ("precision", "channels_last")
+                if given[k] != "auto"}
     return with_overrides(config, changes)
 
 # %% ../../nbs/runs/00_settings.ipynb #4685f159
@@ -471,6 +477,7 @@ TINY_SETTINGS = {
     "height": 32, "width": 16, "net": {"width": 8, "stripes": 2, "view": "whole", "parts": False, "weights": "none"},
     "lower": 2,
     **{s: {"epochs": 2, "iterations": 3, "p": 4, "k": 2} for s in (*TRAINING_SECTIONS, "qaconv")},
+    "rounds": {"rounds": 2, "batch": 16, "head_epochs": 2, "head_fall": 1, "id_epochs": 1, "id_fall": 1},
     "sda.cluster.n_clusters": 10, "sda.translation": TINY_TRANSLATION,
     "world": {"height": 32, "width": 16, "held_out": 0.0, "a": TINY_DOMAIN, "b": TINY_DOMAIN, "c": TINY_DOMAIN},
 }

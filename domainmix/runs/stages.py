@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['N_PROBE', 'header_aspect', 'save_net', 'initial_net', 'load_net', 'rewrite_net_headers', 'stage0', 'second_seed',
            'stage0_mmt', 'split_by_domain', 'stage1', 'verified_features', 'clustering_features', 'refine_labels',
-           'choose_labels', 'mixed_train_set', 'stage2', 'stage3', 'stage_matcher', 'feature_options',
+           'choose_labels', 'mixed_train_set', 'stage2', 'stage3', 'stage3_rounds', 'stage_matcher', 'feature_options',
            'measure_ranking', 'measure_domain_probe']
 
 # %% ../../nbs/runs/03_stages.ipynb #39efb939
@@ -31,6 +31,7 @@ from ..loading import embed_images
 from ..pseudolabel import PseudoLabels, outliers_as_classes, load_labels, pseudo_labels, refine, save_labels
 from ..tracks import group_tracks
 from ..training import train, train_invariant
+from ..baselines.cane import cane_rounds
 from ..baselines.labellers import LABELLERS
 from ..baselines.qaconv import build_matcher, load_matcher_state, QAConvNet
 from ..baselines.qaconv_training import train_matcher
@@ -299,6 +300,19 @@ def stage3(
         device=config.device, folder=folder, log=log, classifier=classifier,
     )
     return save_net(trained.net, config, folder)
+
+# %% ../../nbs/runs/03_stages.ipynb #4d5587c5
+def stage3_rounds(
+    config: RunConfig, inputs: Inputs,
+    start: Path,             # folder of the network to start from
+    folder: Path,            # where the network goes
+    log: Log | None = None,  # called once a round
+) -> Path:
+    "A, the network of stage 2 -> a network that hides the cameras of A."
+    data = train_set(inputs.synthetic.images, inputs.synthetic.records)
+    net, _ = cane_rounds(load_net(start)[0], data, config.rounds, seed=config.seed, stage="stage3",
+                         device=config.device, folder=folder, log=log)
+    return save_net(net, config, folder)
 
 # %% ../../nbs/runs/03_stages.ipynb #1ca26981
 def stage_matcher(
