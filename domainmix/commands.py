@@ -40,9 +40,9 @@ from domainmix.runs.history import (
 from .runs.pipeline import labels_text, make_labels, result_text, run
 from .runs.settings import DEFAULT_METHODS, METHODS, RunConfig, load_config, run_folder
 from .runs.presets import check_datasets_exist, presets_text
-from .runs.places import PLACE_TASKS, places_text, run_places
+from .runs.places import places_text, run_places
 from domainmix.runs.tables import (
-    DEMO, choose_rows, gains_text, load_table, run_methods, run_table, summary_html,
+    DEMO, gains_text, load_table, run_methods, run_table, summary_html,
     summary_text, table_text,
 )
 from .views.look import look, look_text, write_look_sheet
@@ -171,7 +171,8 @@ class PresetsCommand:
 class TablesCommand:
     "Run a whole table of presets and seeds, and print it beside the paper's figures."
     table: str               # table1, table2, table3, world1, world3, photos3, places, or a JSON file with presets
-    rows: tuple[str, ...] = ()      # only these presets of the table, or these tasks of places; leave it out for all
+    # do only these presets of the table, or these tasks of places; saved rows of the others are kept; default: all
+    rows: tuple[str, ...] = ()
     seeds: int | None = None        # how many seeds: 0, 1, ...; None: those of the table
     update: bool = False            # if a run's folder has other settings: repeat the stages that they concern
     device: str = "auto"            # where to compute: auto, cpu, cuda, xpu or mps
@@ -373,18 +374,17 @@ def do_presets(args: PresetsCommand) -> None:
 def print_places(args: TablesCommand) -> None:
     "Do all runs of the table of places and print it, for both parts of the people."
     seeds = range(3 if args.seeds is None else check_seed_count(args.seeds))
-    tasks = args.rows or tuple(PLACE_TASKS)
-    rows = run_places(args.data, seeds=tuple(seeds), tasks=tasks, update=args.update, device=args.device)
+    rows = run_places(args.data, seeds=tuple(seeds), only=args.rows, update=args.update, device=args.device)
     print(f"\n{places_text(rows, 'choose')}\n\n{places_text(rows)}\n\n{Path(args.data)/'runs/places.json'}")
 
 # %% ../nbs/79_commands.ipynb #3e3538aa
 def do_tables(args: TablesCommand) -> None:
     "Do all runs of a table of presets, print it and write its page."
     if args.table == "places": return print_places(args)
-    spec = choose_rows(load_table(args.table), args.rows)
+    spec = load_table(args.table)
     if args.seeds is not None:
         spec = replace(spec, seeds=list(range(check_seed_count(args.seeds))))
-    rows = run_table(spec, args.data, args.update, device=args.device)
+    rows = run_table(spec, args.data, args.update, only=args.rows, device=args.device)
     page = Path(args.data)/"runs"/f"{spec.name}.html"
     write_atomic(page, lambda p: p.write_text(summary_html(rows, f"domainmix: {spec.name}"), encoding="utf-8"))
     print(f"\n{summary_text(rows)}\n\n{page.with_suffix('.json')}\n{page}")

@@ -139,10 +139,10 @@ def turn_schedule(
 
 # %% ../nbs/27_schedule.ipynb #0c85bad5
 def length_obstacle(
-    config: Any,  # of a stage: it has `schedule`, and perhaps `loss`
+    config: Any,  # of a stage: it may have `schedule` and `loss`
 ) -> str:
     "Why another number of epochs changes the epochs that are done; empty if it does not."
-    if config.schedule == "cosine":
+    if getattr(config, "schedule", None) == "cosine":
         return "its learning rate falls as a cosine over all epochs"
     if getattr(config, "loss", None) == "reverse":
         return "its gradient reversal grows over all epochs"

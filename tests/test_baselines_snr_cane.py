@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from domainmix.backbone import build_backbone
+from domainmix.baselines.cane import RoundsConfig, cane_rounds
+from domainmix.batches import TrainSet
 from domainmix.bodies import BackboneConfig
 from domainmix.checkpoint import StageRun
 from domainmix.core import DomainMixError, with_overrides
@@ -54,7 +56,7 @@ def test_a_run_of_cane_with_snr_goes_on_where_it_was_stopped(tmp_path):
     assert net.eval().embed(torch.randn(2, 3, 32, 16)).shape == (2, net.feature_dim) and net.body.snr1.averages is None
 
 
-def test_the_rounds_of_cane_go_on_where_they_were_stopped(tmp_path):
+def test_the_rounds_of_cane_go_on_where_they_were_stopped(tmp_path, capsys):
     whole = run(tiny(tmp_path, run="whole", method="cane-rounds"))
     stopped_in_stage3(tiny(tmp_path, run="on", method="cane-rounds"))
     assert (tmp_path/"runs/on/stage3/last.ckpt").is_file()
@@ -65,7 +67,26 @@ def test_the_rounds_of_cane_go_on_where_they_were_stopped(tmp_path):
     assert any(not torch.equal(v, before[k]) for k, v in nets[0].items() if "weight" in k)
     actions = [line["action"] for line in load_jsonl(tmp_path/"runs/whole/log.jsonl") if line["run"] == "stage3"]
     assert len(actions) == 2 and set(actions) <= {"hide", "repair", "restart"}
-    assert load_json(tmp_path/"runs/whole/stage3/stage.json")["settings"]["rounds"]["rounds"] == 2
+    assert load_json(tmp_path/"runs/whole/stage3/stage.json")["settings"]["rounds"]["epochs"] == 2
+    longer = run(tiny(tmp_path, run="on", method="cane-rounds", **{"rounds.epochs": 3}), update=True)
+    assert "stage3 goes on after 2 epochs" in capsys.readouterr().out
+    assert longer["stages"]["stage2"] == whole["stages"]["stage2"]
+    assert [line["action"] for line in load_jsonl(tmp_path/"runs/on/stage3/log.jsonl")][:2] == actions[:2]
+
+
+@pytest.mark.parametrize("backbone", ["mgn", "cane_dual"])
+def test_rounds_with_several_heads_train_what_was_trained_before(backbone):
+    "Such a network has no bias of a BN neck; what is frozen stays frozen."
+    net = build_backbone(BackboneConfig(backbone, width=8, stripes=1)).requires_grad_(True)
+    frozen = next(iter(net.parameters())).requires_grad_(False)
+    rng = torch.Generator().manual_seed(0)
+    images, label = torch.randint(0, 256, (12, 3, 64, 32), dtype=torch.uint8, generator=rng), torch.arange(12) // 3
+    data = TrainSet(images, label, torch.arange(12) % 2, torch.zeros(12, dtype=torch.int64))
+    config = RoundsConfig(epochs=2, batch=6, lr=.01, head_epochs=1, head_fall=1, id_epochs=1, id_fall=1)
+    trained, history = cane_rounds(net, data, config, device="cpu")
+    assert len(history) == 2 and torch.equal(next(iter(trained.parameters())), frozen)
+    flags = [[p.requires_grad for p in n.parameters()] for n in (net, trained)]
+    assert flags[0] == flags[1] and not flags[1][0]
 
 
 @pytest.mark.parametrize("method", ["cane", "cane-rounds"])

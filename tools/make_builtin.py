@@ -2,7 +2,7 @@
 
 It is stage 0 of a run with the default settings, but longer, and with more people and more cameras than a run has. The
 people are drawn in the three styles of the embedded world. Seeds are fixed. A run that was stopped goes on from its
-checkpoint in `--folder`. On one CPU core it takes about an hour.
+checkpoint in `--folder`. On two CPU cores it takes about an hour.
 """
 import argparse
 from dataclasses import replace

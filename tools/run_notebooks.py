@@ -5,7 +5,7 @@ Every cell runs in order in a fresh kernel, on one thread, without progress bars
 saved: warnings, execution counts, widget state. Pictures are saved with at most 256 colours. The first picture of each
 notebook also becomes a thumbnail for the index.
 
-The companions (90 to 96) show a run with the default settings on the embedded world. It is trained first where it is
+The companions (90 to 98) show a run with the default settings on the embedded world. It is trained first where it is
 missing, in data/runs/notebooks; this takes about a quarter of an hour on two cores. `--small` takes the small example
 that the tests use.
 """

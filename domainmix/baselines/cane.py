@@ -45,22 +45,22 @@ CANE_RECIPE = {   # for `configure`, with the backbone resnet50
 # %% ../../nbs/baselines/08_cane.ipynb #5a7557d4
 @dataclass
 class RoundsConfig:
-    "The authors' rounds of CaNE; all numbers are those of their code, except `rounds` and `most_repairs`."
-    rounds: int = 20          # actions in all
-    batch: int = 64           # images in a batch; some have one less
-    lr: float = 5.            # of the one step of hide; their code has .1 for cane_weights none, and 10 for domains
-    cane_weights: Literal["images", "none", "domains"] = "images"   # as of stage 3
-    head_lr: float = 1e-3     # of the heads
-    head_epochs: int = 30     # passes over the images in which the heads train
-    head_fall: int = 20       # passes after which their learning rate is 0; only batch-norm statistics still change
-    id_lr: float = 1e-3       # of backbone and identity head in a repair
-    id_epochs: int = 15       # passes of a repair
-    id_fall: int = 10         # passes after which its learning rate is 0
+    "The rounds of CaNE; all numbers are those of its authors' code, except `epochs` and `most_repairs`."
+    epochs: int = 20          # rounds: each hides cameras, repairs identities, or restarts both heads
+    batch: int = 64           # images in a batch; some batches have one less
+    lr: float = 5.            # learning rate of the backbone's step that hides cameras; .1 suits cane_weights none
+    cane_weights: Literal["images", "none", "domains"] = "images"   # which images count more; as stage3.cane_weights
+    head_lr: float = 1e-3     # learning rate of the heads, which predict identity and camera
+    head_epochs: int = 30     # passes over the images in which the heads are trained, in each round
+    head_fall: int = 20       # passes after which head_lr falls to 0; only batch-norm statistics still change
+    id_lr: float = 1e-3       # learning rate of backbone and identity head in a repair
+    id_epochs: int = 15       # passes over the images of a repair
+    id_fall: int = 10         # passes after which id_lr falls to 0
     id_drop: float = .01      # a repair starts if the accuracy of identities is lower than its goal by more than this
     camera_drop: float = .1   # a restart starts if the accuracy of cameras has fallen by this
-    most_repairs: int = 5     # in a row; then the accuracy that has been reached becomes the goal
-    momentum: float = .9      # of SGD, Nesterov's form
-    weight_decay: float = 5e-4
+    most_repairs: int = 5     # repairs one after another; then the accuracy that was reached becomes the goal
+    momentum: float = .9      # momentum of SGD, in Nesterov's form
+    weight_decay: float = 5e-4   # weight decay of SGD
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(erase=0.))
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     channels_last: Literal["auto", "on", "off"] = "auto"
@@ -76,7 +76,7 @@ class CameraNet(nn.Module):
         seed: int = 0,   # of the heads
     ):
         super().__init__()
-        self.net = net
+        self.net, self.trained = net, [name for name, p in net.named_parameters() if p.requires_grad]
         self.heads = nn.ModuleDict({
             name: Discriminator(net.feature_dim, n, seed=generator(seed, name).initial_seed(), **HEADS["cane"])
             for name, n in (("id", n_ids), ("camera", n_cameras))})
@@ -140,8 +140,8 @@ def pass_batches(
 # %% ../../nbs/baselines/08_cane.ipynb #0b715415
 def _set_learning(model: CameraNet, net: bool, *heads: str) -> None:
     "Set which of backbone and heads are trained; the others are in eval mode and get no gradient."
-    model.net.train(net).requires_grad_(net)
-    model.net.neck.bias.requires_grad_(False)
+    model.net.train(net).requires_grad_(False)
+    for name in model.trained if net else (): model.net.get_parameter(name).requires_grad_()
     for name, head in model.heads.items():
         head.train(name in heads).requires_grad_(name in heads)
 
@@ -216,10 +216,10 @@ def _sgd(config: RoundsConfig, *modules: nn.Module) -> torch.optim.SGD:
 
 # %% ../../nbs/baselines/08_cane.ipynb #d9ec6b22
 def numbered_cameras(data: TrainSet) -> Tensor:
-    "The camera of each image, numbered from 0; an error if cameras are unknown, or if there is only one."
+    "The camera of each image, numbered from 0; an error if cameras are unknown, or if labels are of one camera only."
     camera = told_domains(data, "camera")
-    if len(camera.unique()) < 2:
-        raise DomainMixError("all images are of one camera, so there is nothing to hide",
+    if len(camera[data.label >= 0].unique()) < 2:
+        raise DomainMixError("all images with a label are of one camera, so there is nothing to hide",
                              "give images of two or more cameras")
     if rank_and_size()[1] > 1:
         raise DomainMixError("the rounds of CaNE run in one process", "start one process, or use the method cane")
@@ -244,7 +244,7 @@ def start_rounds(
     camera = numbered_cameras(data)
     options = DomainConfig(p=2, k=2, domains="camera", augment=config.augment, channels_last=config.channels_last)
     rows = (data.label >= 0).nonzero()[:, 0].cpu()
-    count = torch.bincount(camera[rows])
+    count = torch.bincount(camera[rows], minlength=int(camera.max()) + 1)
     net = move_to_device(deepcopy(net), device, config.channels_last)
     model = CameraNet(net, data.n_classes, len(count), seed).to(device)
     numbers = SavedNumbers(id=0., camera=0., id_goal=0., camera_floor=1., repairs=0)
@@ -288,8 +288,9 @@ def cane_rounds(
     r = start_rounds(net, data, config, seed, stage, device)
     key = dict(config=to_dict(config), seed=seed, net=weights_key(net),
                data=data_key(data.images, data.label, data.camera, data.domain))
-    parts, passes = dict(model=r.model, hider=r.hider, numbers=r.numbers), config.rounds * (config.head_epochs + 1)
-    with StageRun(stage, config.rounds, passes, key, parts, folder, log, device) as run:
+    parts, passes = dict(model=r.model, hider=r.hider, numbers=r.numbers), config.epochs * (config.head_epochs + 1)
+    with StageRun(stage, config.epochs, passes, key, parts, folder, log, device) as run:
         for n in run:
             do_action(r, n, run)
-    return r.model.net.requires_grad_(True).eval(), run.history
+    _set_learning(r.model, True)
+    return r.model.net.eval(), run.history

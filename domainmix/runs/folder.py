@@ -167,7 +167,7 @@ def explain_difference(
 # folder names of the stages that `make_labels` does
 LABEL_STAGES = ("stage0", "stage0-mmt", "stage0-second", "stage1", "refined")
 LABEL_NEUTRAL = (  # settings that labels do not depend on
-    "target", "target_pattern", "method", "start", "feature", "flip", "all_stages", "stage2", "stage3",
+    "target", "target_pattern", "method", "start", "feature", "flip", "all_stages", "stage2", "stage3", "rounds", "qaconv",
 )
 
 # %% ../../nbs/runs/02_folder.ipynb #5c1395a3
@@ -232,7 +232,8 @@ def other_run_error(
     lost: list[str],   # of `lost_results`
 ) -> DomainMixError:
     "The error for a folder that holds another run."
-    comparable = lambda config: {k: v for k, v in config.items() if k not in RESULT_NEUTRAL}
+    def comparable(config):     # without groups of settings that the folder is older than
+        return {k: v for k, v in config.items() if k not in RESULT_NEUTRAL and (k in old or not isinstance(v, dict))}
     changed = lost
     if stale:
         differences = setting_differences(comparable(old), comparable(to_jsonable(record)))

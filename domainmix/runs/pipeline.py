@@ -155,13 +155,12 @@ def _plan_rounds(planner: RunPlanner, two: Stage) -> Stage:
     "Stage 3 of the method cane-rounds."
     config, inputs = planner.config, planner.inputs
     make = lambda folder, log: stage3_rounds(config, inputs, two.folder, folder, log)
-    return planner.new_stage("stage3", config.method, make, {"rounds": config.rounds}, two)
+    return planner.new_stage("stage3", config.method, make, {"rounds": config.rounds}, two, section="rounds")
 
 # %% ../../nbs/runs/04_pipeline.ipynb #235c93ac
 def _plan_stage3(planner: RunPlanner, two: Stage, labels: Stage | None) -> Stage:
     "Stage 3: go on from stage 2, against the domain discriminator."
     config, inputs, folder_of_labels = planner.config, planner.inputs, labels and labels.folder
-    if METHODS[config.method].rounds: return _plan_rounds(planner, two)
     variant = f"{_label_variant(config)}-{METHODS[config.method].loss}"
     make = lambda folder, log: stage3(config, inputs, two.folder, folder_of_labels, folder, log)
     settings = {"stage3": config.stage3, **_label_settings(planner)}
@@ -199,6 +198,7 @@ def plan_stages(
         stages.append(labels)
     stages.append(_plan_stage2(planner, start, labels))
     if method.loss: stages.append(_plan_stage3(planner, stages[-1], labels))
+    if method.rounds: stages.append(_plan_rounds(planner, stages[-1]))
     return stages
 
 # %% ../../nbs/runs/04_pipeline.ipynb #eefc8c8d
@@ -391,10 +391,11 @@ def _real_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
 def _camera_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
     "A discriminator of cameras, where cameras are unknown or there is a single one."
     method = METHODS[config.method]
-    if not method.loss or config.stage3.domains != "camera": return []
+    if not method.rounds and (not method.loss or config.stage3.domains != "camera"): return []
     parts = [("A", inputs.synthetic)] * method.synthetic + [("B", inputs.real)] * (method.labels != "none")
     camera = {name: part.records.camera for name, part in parts if part is not None}
-    own = method.stage3.get("domains") == "camera"
+    if method.rounds and camera: camera["A"] = camera["A"][inputs.synthetic.records.pid >= 0]   # of images with a label
+    own = method.rounds or method.stage3.get("domains") == "camera"
     remedy = f"or choose another {flag('method')}" if own else "or leave it at set"
     what = f"{flag('method')} {config.method}" if own else f"{flag('stage3.domains')} is camera"
     known = f"give {flag('pattern')} with a group camera, {remedy}"
@@ -403,6 +404,14 @@ def _camera_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
     if not faults and camera and sum(len(np.unique(numbers)) for numbers in camera.values()) < 2:
         faults.append(Fault(f"{what}: there is one camera only", f"give images of two or more, {remedy}"))
     return faults
+
+# %% ../../nbs/runs/04_pipeline.ipynb #4f8e998a
+def _process_faults(config: RunConfig) -> list[Fault]:
+    "A method that trains in one process, where there are several."
+    n = rank_and_size()[1]
+    if not METHODS[config.method].rounds or n == 1: return []
+    return [Fault(f"{flag('method')} {config.method} trains in one process, but {n} were started",
+                  f"start one process, or use {flag('method')} cane")]
 
 # %% ../../nbs/runs/04_pipeline.ipynb #869c3a03
 def _mixed_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
@@ -414,7 +423,7 @@ def _mixed_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
         rows = inputs.real_domain == domain
         known = {"true": len(np.unique(inputs.real.records.pid[rows])), "refined": int(rows.sum()) // config.lower}
         sizes.append(known.get(method.labels, int(rows.sum())))
-    for section in ("stage2", "stage3") if method.loss and not method.rounds else ("stage2",):
+    for section in ("stage2", "stage3") if method.loss else ("stage2",):
         c = getattr(config, section)
         if c.balance == "union":
             faults += _too_few(config, section, c.p, sum(sizes), "the union")
@@ -442,7 +451,7 @@ def size_faults(
     faults = _synthetic_size_faults(config, inputs)
     if inputs.real is not None:
         faults += _real_size_faults(config, inputs) + _sda_faults(config)
-    if not labels_only: faults += _camera_faults(config, inputs)
+    if not labels_only: faults += _camera_faults(config, inputs) + _process_faults(config)
     if not faults and not labels_only: faults = _mixed_size_faults(config, inputs)
     return list(dict.fromkeys(faults))
 

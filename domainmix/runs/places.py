@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..core import DomainMixError
-from ..files import save_json
+from ..files import load_json, save_json
 from ..evaluation import compared_inputs, rank
 from domainmix.runs.settings import (
     DEFAULT_METHODS, METHODS, RunConfig, check_choice, configure, run_folder, validate_config,
@@ -114,15 +114,16 @@ def run_places(
     data: str | Path = "data",            # the folder with the data sets and runs/
     methods: tuple = DEFAULT_METHODS,     # keys of `METHODS`
     seeds: tuple = (0, 1, 2),
-    tasks: tuple = tuple(PLACE_TASKS),    # keys of `PLACE_TASKS`
+    only: tuple = (),                     # do only these tasks; saved rows of the others are kept
     update: bool = False,                 # repeat the stages that depend on a changed setting
     tell: Callable[[str], None] = tqdm.write,
     **changes,                            # settings of every run
 ) -> list[dict]:
     "A row for each task, target, method and seed, also in DATA/runs/places.json. Finished stages are not repeated."
-    targets, rows, only_a = {}, [], None
-    for task in tasks: check_choice(task, PLACE_TASKS, "task")
-    for task in tasks:
+    for task in only: check_choice(task, PLACE_TASKS, "row")
+    targets, only_a, file = {}, None, Path(data)/"runs/places.json"
+    rows = [r for r in load_json(file) if r["task"] not in only] if only and file.is_file() else []
+    for task in (t for t in PLACE_TASKS if t in only or not only):
         config = place_config(task, data, **changes)
         wanted = tuple(m for m in methods if m != "only-a" or only_a is None)
         made = run_methods(config, wanted, seeds, update, tell=tell) if wanted else []
@@ -132,8 +133,8 @@ def run_places(
         for site in PLACE_TASKS[task].targets:
             if site not in targets: targets[site] = _target_inputs(site, data, changes)
             for found, home in mine: rows += _site_rows(task, site, found, home, targets[site])
-        save_json(Path(data)/"runs/places.json", rows)
-    return rows
+        save_json(file, sorted(rows, key=lambda r: r["task"]))
+    return sorted(rows, key=lambda r: r["task"])
 
 # %% ../../nbs/runs/07_places.ipynb #12505092
 def _place_columns(rows: list[dict]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import DomainMixError, flag
 from ..baselines.labellers import LABELLERS
-from .authors import SYSTEM_SCORES, SYSTEMS, system_tasks, WORLD_SYSTEMS
+from .authors import SYSTEM_SCORES, SYSTEMS, system_tasks, SMALL_SYSTEMS
 from .settings import BACKBONE_SETTINGS, METHODS, RunConfig, check_choice, dataset_specs
 from ..world import GAP
 
@@ -165,7 +165,7 @@ def row_title(task: str, short: str, method: str) -> str:
     "The name of a row in a table."
     if is_system(task): return SYSTEMS[short].title
     if task not in SMALL_TASKS or not short: return METHODS[method].title
-    of_system = method == WORLD_SYSTEMS[short].get("method", "only-a")
+    of_system = method == SMALL_SYSTEMS[short].get("method", "only-a")
     return SYSTEMS[short].title if of_system else f"{METHODS[method].title}, {SYSTEMS[short].title}"
 
 # %% ../../nbs/runs/05_presets.ipynb #5a7c0005
@@ -174,7 +174,7 @@ def _small_presets() -> dict[str, tuple[str, str, str]]:
     names = {}
     for task in SMALL_TASKS:
         names |= {task: (task, "", "domainmix-db"), **{f"{task}-{m}": (task, "", m) for m in METHODS}}
-        for system, settings in WORLD_SYSTEMS.items():
+        for system, settings in SMALL_SYSTEMS.items():
             names[f"{task}-{system}"] = task, system, settings.get("method", "only-a")
             names |= {f"{task}-{system}-{m}": (task, system, m) for m in METHODS}
     return names
@@ -197,7 +197,7 @@ def preset_settings(
     if name in VARIANTS: return VARIANTS[name]
     task, short, method = parse_preset(name)
     sets = {role: dataset_spec(dataset, data) for role, dataset in task_roles(task).items()}
-    if task in SMALL_TASKS: recipe = WORLD_SYSTEMS.get(short, {})
+    if task in SMALL_TASKS: recipe = SMALL_SYSTEMS.get(short, {})
     else: recipe = SYSTEMS[short].settings if is_system(task) else {"backbone": BACKBONES[short]}
     return {**recipe, **sets, "method": method}
 
@@ -213,7 +213,7 @@ def check_datasets_exist(
         for spec in dataset_specs(settings, role):
             folder = Path(spec.partition(":")[2])
             if spec == "world" or os.path.isdir(folder): continue
-            missing.append(f"{PAPER_DATASETS[short][0]} ({role}) at {folder}")
+            missing.append(f"{PAPER_DATASETS.get(short, (spec,))[0]} ({role}) at {folder}")
     if not missing: return settings
     raise DomainMixError(
         f"preset {name} needs " + "; ".join(missing) + ": no such folder",
@@ -245,7 +245,7 @@ def _preset_parts_text() -> str:
         lines.append(f"  {name:<20}{system.title}: {', '.join(t for t, s in system_tasks() if s == name)}")
     lines += ["\nworld[-SYSTEM][-METHOD]: the embedded world with the backbone small, or with the network of a system"]
     lines += ["photos[-SYSTEM][-METHOD]: the same, but B is CUHK03-NP and C is Market-1501"]
-    lines += [f"  systems: {', '.join(WORLD_SYSTEMS)}"]
+    lines += [f"  systems: {', '.join(SMALL_SYSTEMS)}"]
     lines += [f"{', '.join(VARIANTS)}: other sizes, small without additions to the paper, a world with a gap, MMT"]
     lines += ["", "domainmix presets WORD lists the names that contain WORD with the paper's figures"]
     return "\n".join(lines)
@@ -256,7 +256,7 @@ def presets_text(
 ) -> str:
     "What `domainmix presets` prints."
     if not word: return _preset_parts_text()
-    presets = {**_paper_presets(), **_system_presets()}
+    presets = {**_paper_presets(), **_system_presets(), **_small_presets()}
     found = {name: key for name, key in presets.items() if word in name}
     if not found: check_choice(word, list(presets), "preset")
     return "\n".join(f"{name:<58}{row_title(*key)}{_paper_score_text(key)}" for name, key in found.items())

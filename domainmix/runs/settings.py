@@ -47,8 +47,8 @@ class InputConfig:
     target: str | None = None     # C, unseen, to test on: market1501:DIR, msmt17:DIR, ..., or world; may be left out
     run: str = "run"              # name of the run; its folder is DATA/runs/RUN
     # what is trained: only-a, directmix-initial, directmix, control, domainmix-db, domainmix-kl, domainmix-cane,
-    # domainmix-reverse, labelled, labelled-db, only-b, cane, cane-rounds, qaconv, stage1, or stage1-mmt, -plain, -sda
-    method: str = "domainmix-db"
+    # domainmix-reverse, labelled, labelled-db, only-b, cane, cane-rounds, qaconv, stage1, stage1-mmt, stage1-plain,
+    method: str = "domainmix-db"  # or stage1-sda
     seed: int = 0                 # seed of all random numbers
     backbone: str = "small"  # brings its settings: see net.name, such as resnet50_ibn, osnet, mgn, mudeep or timm:NAME
     height: int = 64              # rows of an image as the network sees it
@@ -81,7 +81,7 @@ class RunConfig(InputConfig):
     all_stages: bool = True  # evaluate the network of every stage, not only the last
     match_bytes: int = later_setting(MATCH_BYTES)  # memory of a matcher (method qaconv) in bytes; it changes no result
     net: BackboneConfig = field(default_factory=BackboneConfig)  # the network
-    pretrain: TrainConfig = field(default_factory=TrainConfig)   # stage 0: training on A alone, if net.weights is none
+    pretrain: TrainConfig = field(default_factory=TrainConfig)   # stage 0: on A alone (only-b: on B), if net.weights is none
     spcl: SpCLConfig = field(default_factory=SpCLConfig)  # stage 1 by SpCL: pseudo labels for B (--labeller spcl)
     mmt: MMTConfig = field(default_factory=MMTConfig)            # stage 1 by mutual mean-teaching (--labeller mmt)
     plain: PlainConfig = field(default_factory=PlainConfig)  # stage 1 by clustering and fine-tuning (--labeller plain)
@@ -127,7 +127,7 @@ SMALL_SETTINGS = {
     "plain": SMALL_STAGE1,
     "qaconv": {"epochs": 9, "iterations": 100, "lr": 0.1, "body_lr": 0.3, "schedule": "cosine", "freeze_bn": "off",
                "square": 0.3},
-    "rounds": {"rounds": 8, "lr": 0.1, "head_epochs": 3, "head_fall": 2, "id_epochs": 2, "id_fall": 1},
+    "rounds": {"epochs": 8, "lr": 0.1, "head_epochs": 3, "head_fall": 2, "id_epochs": 2, "id_fall": 1},
     "sda": {**SMALL_STAGE1, "p": 8, "ema": 0.99, "translation": SMALL_TRANSLATION},
     "stage2": {"epochs": 4, "iterations": 125, "lr": 2e-3, "schedule": "cosine", "balance": "domain", "lambda_id": 1.0,
                "init_classifier": "means", "warmup": 0.3, "ema": 0.99},
@@ -240,13 +240,13 @@ class Method:
     labeller: str | None = None  # the labeller of stage 1; None: the run's
     stage3: dict = field(default_factory=dict)   # other settings of stage 3 that it sets
     matcher: bool = False        # its one stage trains a matcher, which compares pairs and has no feature
-    rounds: bool = False         # its stage 3 is a sequence of rounds, as CaNE's authors train
+    rounds: bool = False         # its stage 3 has no loss of its own, but rounds, as CaNE's authors train
 
     @property
     def last_stage(self) -> str:
         "The name of the last stage."
         if self.labels == "adapted": return "stage1"
-        return "stage3" if self.loss else "stage2"
+        return "stage3" if self.loss or self.rounds else "stage2"
 
 # %% ../../nbs/runs/00_settings.ipynb #2bceb3fb
 METHODS = {
@@ -262,7 +262,7 @@ METHODS = {
     "labelled-db": Method("true", "db", "true labels, DomainMix (DB)"),
     "only-b": Method("true", None, "Only B (true labels)", synthetic=False),
     "cane": Method("none", "cane", "CaNE (cameras of A)", stage3=CANE_STAGE3),
-    "cane-rounds": Method("none", "cane", "CaNE in rounds (cameras of A)", stage3=CANE_STAGE3, rounds=True),
+    "cane-rounds": Method("none", None, "CaNE in rounds (cameras of A)", rounds=True),
     "qaconv": Method("none", None, "QAConv", matcher=True),
     "stage1": Method("adapted", None, "stage 1 alone (SpCL)", labeller="spcl"),
     "stage1-mmt": Method("adapted", None, "stage 1 alone (MMT)", labeller="mmt"),
@@ -377,6 +377,10 @@ def _length_faults(config: RunConfig) -> list[Fault]:
         if 0 < c.epochs * c.iterations > MOST_STEPS:
             faults.append(Fault(f"{flag(f'{section}.epochs')} x {flag(f'{section}.iterations')} is "
                                 f"{c.epochs * c.iterations:,} steps", f"give at most {MOST_STEPS:,}"))
+    passes = config.rounds.epochs * (config.rounds.head_epochs + config.rounds.id_epochs)
+    if passes > MOST_STEPS:
+        faults.append(Fault(f"{flag('rounds.epochs')}, {flag('rounds.head_epochs')} and {flag('rounds.id_epochs')} "
+                            f"give {passes:,} passes over the images", f"give at most {MOST_STEPS:,}"))
     c = config.stage3
     if METHODS[config.method].loss and c.alternate == "epoch" and c.epochs == 1:
         faults.append(Fault(f"{flag('stage3.epochs')} is 1, and the only epoch is for the discriminator",
@@ -476,7 +480,7 @@ TINY_SETTINGS = {
     "height": 32, "width": 16, "net": {"width": 8, "stripes": 2, "view": "whole", "parts": False, "weights": "none"},
     "lower": 2,
     **{s: {"epochs": 2, "iterations": 3, "p": 4, "k": 2} for s in (*TRAINING_SECTIONS, "qaconv")},
-    "rounds": {"rounds": 2, "batch": 16, "head_epochs": 2, "head_fall": 1, "id_epochs": 1, "id_fall": 1},
+    "rounds": {"epochs": 2, "batch": 16, "head_epochs": 2, "head_fall": 1, "id_epochs": 1, "id_fall": 1},
     "sda.cluster.n_clusters": 10, "sda.translation": TINY_TRANSLATION,
     "world": {"height": 32, "width": 16, "held_out": 0.0, "a": TINY_DOMAIN, "b": TINY_DOMAIN, "c": TINY_DOMAIN},
 }

@@ -207,9 +207,9 @@ def _table_presets(tasks: tuple, shorts: Iterable[str], methods: tuple) -> list[
 SAME_AS_ONLY_A = ("baseline", "baseline-ibn", "randperson")   # systems that are trained as the rows Only A
 
 # %% ../../nbs/runs/05_tables.ipynb #5a7c0006
-WORLD_BUDGET = {k: v for k, v in DEMO.items() if k not in ("run", "real", "target")} | {
-    "qaconv": {"epochs": 3, "iterations": 50}}
-TABLE3_BUDGET = WORLD_BUDGET | {"pretrain": {"epochs": 3}, "qaconv": {"epochs": 3}, "rounds": {"rounds": 4}}
+WORLD_BUDGET = {k: v for k, v in DEMO.items() if k not in ("run", "real", "target")}
+# three epochs with the iterations of each system: 100, or 150 for networks that learn more slowly
+TABLE3_BUDGET = WORLD_BUDGET | {"pretrain": {"epochs": 3}, "qaconv": {"epochs": 3}, "rounds": {"epochs": 4}}
 TABLE3_ROWS = (
     "only-a", "osnet-ibn", "snr", "mgn", "mudeep", "cane", "cane-rounds", "cane-dual", "qaconv",    # A alone
     "stage1", "stage1-mmt", "stage1-sda", "directmix", "control", "domainmix-db",        # A, and B without labels
@@ -258,8 +258,20 @@ def choose_rows(
     rows: Iterable[str],   # presets of the table; none of them: all
 ) -> TableSpec:
     "The table with some of its rows only."
-    rows = [check_choice(row, spec.presets, "row") for row in rows]
-    return replace(spec, presets=rows or spec.presets)
+    chosen = {check_choice(row, spec.presets, "row") for row in rows}
+    return replace(spec, presets=[p for p in spec.presets if p in chosen]) if chosen else spec
+
+# %% ../../nbs/runs/05_tables.ipynb #37d18910
+def _other_rows(file: Path, spec: TableSpec, chosen: TableSpec) -> list[dict]:
+    "The saved rows of a table whose presets are not chosen."
+    if chosen.presets == spec.presets or not file.is_file(): return []
+    others = set(spec.presets) - set(chosen.presets)
+    return [row for row in load_json(file) if isinstance(row, dict) and row.get("preset") in others]
+
+# %% ../../nbs/runs/05_tables.ipynb #f296e910
+def _in_order(rows: list[dict], spec: TableSpec) -> list[dict]:
+    "The rows in the order of the table's presets, then of the seeds."
+    return sorted(rows, key=lambda r: (spec.presets.index(r["preset"]), r.get("seed", 0)))
 
 # %% ../../nbs/runs/05_tables.ipynb #0877c3df
 def group_presets(spec: TableSpec) -> tuple[dict[tuple[str, str], dict[str, str]], list[dict]]:
@@ -299,12 +311,14 @@ def run_table(
     data: str = "data",    # where data sets and runs lie
     update: bool = False,  # redo the stages that a changed setting concerns
     tell: Callable[[str], None] = tqdm.write,
+    only: Iterable[str] = (),   # do only these presets; saved rows of the others are kept
     **changes,             # settings of every row, over those of the table: device="cpu"
 ) -> list[dict]:
     "Every preset with every seed, a row for each, with `error` if it failed; written to DATA/runs/NAME.json."
-    found, rows = group_presets(spec)
-    file = Path(data)/"runs"/f"{spec.name}.json"
-    save_json(file, rows)
+    chosen, file = choose_rows(spec, only), Path(data)/"runs"/f"{spec.name}.json"
+    (found, rows), kept = group_presets(chosen), _other_rows(file, spec, chosen)
+    def save(): save_json(file, _in_order(kept + rows, spec))
+    save()
     for (task, short), methods in found.items():
         try:
             config = _group_config(spec, task, short, methods, data, changes)
@@ -312,10 +326,10 @@ def run_table(
         except DomainMixError as e:
             rows += [{"preset": n, "seed": s, "error": str(e)} for n in methods.values() for s in spec.seeds]
         else: rows += [{"preset": methods[r["method"]], "task": task, "backbone": short, **r} for r in done]
-        save_json(file, rows)
+        save()
     for r in rows:
         if "error" in r: tell(_failure_text(r))
-    return rows
+    return _in_order(kept + rows, spec)
 
 # %% ../../nbs/runs/05_tables.ipynb #32392b26
 def _preset_summary(name: str, rows: list[dict]) -> dict:

@@ -125,7 +125,7 @@ def reliability_scatter(
 MAX_STAGES = 100    # panels of a chart, at most
 LOSS_TERMS = dict(
     loss="sum", id="identity", triplet="triplet", dm="domain mix", d="discriminator",
-    synthetic="synthetic", real="real",
+    synthetic="synthetic", real="real", camera="camera", hide="hide cameras",
 )
 
 # %% ../../nbs/views/03_charts.ipynb #b3435a0e

@@ -73,6 +73,8 @@ def copy_run(
 def method_with_loss(method: str, loss: str) -> str:
     "The method with the same labels and another loss of stage 3."
     m = METHODS[method]
+    if m.rounds:
+        raise DomainMixError(f"stage 3 of {method!r} has no loss to choose", "choose a run with another method")
     wanted = m.labels, m.synthetic, loss
     found = next((k for k, v in METHODS.items() if (v.labels, v.synthetic, v.loss) == wanted), None)
     if found is None:
