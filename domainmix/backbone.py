@@ -332,7 +332,7 @@ def load_published(
         net.body.copy_last_branch()
     print(weights_report(os.path.basename(source), file, parts, missing))
     if not parts.match.has_first_relu and config.first_relu:
-        print("  its network has no ReLU after the first norm, this one has; first_relu=False (--net.no-first-relu) makes them equal")
+        print("  its network has no ReLU after the first norm, this one has; net.no-first-relu makes them equal")
     return parts.left
 
 # %% ../nbs/24_backbone.ipynb #6f118a6c

@@ -62,8 +62,8 @@ class RoundsConfig:
     momentum: float = .9      # momentum of SGD, in Nesterov's form
     weight_decay: float = 5e-4   # weight decay of SGD
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(erase=0.))
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    channels_last: Literal["auto", "on", "off"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"   # as of stage 3
+    channels_last: Literal["auto", "on", "off"] = "auto"   # as of stage 3
 
 # %% ../../nbs/baselines/08_cane.ipynb #25d889c1
 class CameraNet(nn.Module):

@@ -167,7 +167,8 @@ def explain_difference(
 # folder names of the stages that `make_labels` does
 LABEL_STAGES = ("stage0", "stage0-mmt", "stage0-second", "stage1", "refined")
 LABEL_NEUTRAL = (  # settings that labels do not depend on
-    "target", "target_pattern", "method", "start", "feature", "flip", "all_stages", "stage2", "stage3", "rounds", "qaconv",
+    "target", "target_pattern", "method", "start", "feature", "flip", "all_stages",
+    "stage2", "stage3", "rounds", "qaconv",
 )
 
 # %% ../../nbs/runs/02_folder.ipynb #5c1395a3

@@ -81,7 +81,7 @@ class RunConfig(InputConfig):
     all_stages: bool = True  # evaluate the network of every stage, not only the last
     match_bytes: int = later_setting(MATCH_BYTES)  # memory of a matcher (method qaconv) in bytes; it changes no result
     net: BackboneConfig = field(default_factory=BackboneConfig)  # the network
-    pretrain: TrainConfig = field(default_factory=TrainConfig)   # stage 0: on A alone (only-b: on B), if net.weights is none
+    pretrain: TrainConfig = field(default_factory=TrainConfig)   # stage 0: on A alone, for only-b on B
     spcl: SpCLConfig = field(default_factory=SpCLConfig)  # stage 1 by SpCL: pseudo labels for B (--labeller spcl)
     mmt: MMTConfig = field(default_factory=MMTConfig)            # stage 1 by mutual mean-teaching (--labeller mmt)
     plain: PlainConfig = field(default_factory=PlainConfig)  # stage 1 by clustering and fine-tuning (--labeller plain)
@@ -372,15 +372,11 @@ MOST_STEPS = 10**8   # of one stage: their learning rates are computed before it
 def _length_faults(config: RunConfig) -> list[Fault]:
     "Stages that are too long, or without a step for the backbone."
     faults = []
-    for section in TRAINING_SECTIONS:
+    for section in (*TRAINING_SECTIONS, "qaconv"):
         c = getattr(config, section)
         if 0 < c.epochs * c.iterations > MOST_STEPS:
             faults.append(Fault(f"{flag(f'{section}.epochs')} x {flag(f'{section}.iterations')} is "
                                 f"{c.epochs * c.iterations:,} steps", f"give at most {MOST_STEPS:,}"))
-    passes = config.rounds.epochs * (config.rounds.head_epochs + config.rounds.id_epochs)
-    if passes > MOST_STEPS:
-        faults.append(Fault(f"{flag('rounds.epochs')}, {flag('rounds.head_epochs')} and {flag('rounds.id_epochs')} "
-                            f"give {passes:,} passes over the images", f"give at most {MOST_STEPS:,}"))
     c = config.stage3
     if METHODS[config.method].loss and c.alternate == "epoch" and c.epochs == 1:
         faults.append(Fault(f"{flag('stage3.epochs')} is 1, and the only epoch is for the discriminator",
@@ -421,15 +417,10 @@ def _caught(check: Callable, *arguments: Any) -> list[Fault]:
 
 # %% ../../nbs/runs/00_settings.ipynb #b1b41df5
 def _matcher_faults(config: RunConfig) -> list[Fault]:
-    "A backbone that cannot be a matcher's body, or a training that is too long."
-    steps, faults = config.qaconv.epochs * config.qaconv.iterations, []
-    if not config.net.name.startswith(MATCHER_BODIES):
-        faults.append(Fault(f"{flag('method')} is {config.method}, and {flag('backbone')} is {config.net.name}",
-                            f"choose the backbone {' or '.join(MATCHER_BODIES)}"))
-    if steps > MOST_STEPS:
-        faults.append(Fault(f"{flag('qaconv.epochs')} x {flag('qaconv.iterations')} is {steps:,} steps",
-                            f"give at most {MOST_STEPS:,}"))
-    return faults
+    "A backbone that cannot be a matcher's body."
+    if config.net.name.startswith(MATCHER_BODIES): return []
+    return [Fault(f"{flag('method')} is {config.method}, and {flag('backbone')} is {config.net.name}",
+                  f"choose the backbone {' or '.join(MATCHER_BODIES)}")]
 
 # %% ../../nbs/runs/00_settings.ipynb #cca3c291
 def setting_faults(

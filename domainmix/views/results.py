@@ -335,7 +335,8 @@ def _planned_stage3(
     "The settings, inputs and plan of stage 3, or an error if the stage in the folder was made from others."
     a, b, m = _read_role(r, "synthetic"), _read_role(r, "real"), METHODS[method]
     if not m.loss:
-        raise DomainMixError(f"a run of {method} has no stage 3 with a discriminator", "choose one of domainmix-db, domainmix-kl or control")
+        raise DomainMixError(f"a run of {method} has no stage 3 with a discriminator",
+                             "choose one of domainmix-db, domainmix-kl or control")
     config = validate_config(with_overrides(r.config, {"method": method, "seed": r.seed, "stage3.loss": m.loss}))
     inputs = Inputs(a.synthetic, b.real, real_domain=b.real_domain)
     planned = plan_stages(config, inputs, r.store, shared="methods" in r.meta)[-1]
