@@ -57,6 +57,10 @@ class SDAConfig(PlainConfig):
                                  "give a number below 1, such as 0.999")
         for name in ("dropout", "eps_share"):
             if getattr(self, name): raise DomainMixError(f"SDA has no {name}", f"leave sda.{name} at 0")
+        first = self.translation.first_epochs
+        if first >= self.epochs:
+            raise DomainMixError(f"sda.translation.first_epochs is {first}, but sda.epochs is {self.epochs}",
+                                 "give fewer: in these epochs the network does not learn")
         return self
 
 # %% ../../nbs/baselines/01_sda_training.ipynb #913428b6
@@ -159,7 +163,7 @@ def generator_step(
     c = state.config.translation
     state.translator.discriminators.requires_grad_(False)
     with autocast(state.device, state.config.precision):
-        fake_b, fake_a, terms = generator_losses(state.translator, a, b)
+        fake_b, fake_a, terms = generator_losses(state.translator, a, b, c.gan)
         terms |= relation_terms(state, a, fake_b, label)
     loss = (c.lambda_gan * terms["gan"] + c.lambda_cycle * terms["cycle"] + c.lambda_identity * terms["identity"]
             + c.lambda_relation * terms["relation"])
@@ -196,7 +200,7 @@ def discriminator_step(
         mixed = process_rows(pool.exchange(all_gather_rows(fake[style]), rng))
         fake[style] = mixed.contiguous(memory_format=state.translator.layout)
     with autocast(state.device, state.config.precision):
-        loss = discriminator_losses(state.translator, real, fake)
+        loss = discriminator_losses(state.translator, real, fake, state.config.translation.gan)
     descend(state.against, loss, lr)
     return loss
 
@@ -206,18 +210,19 @@ def sda_step(
     a: tuple[Tensor, Tensor],  # images (B, 3, H, W) of A and their identities
     b: tuple[Tensor, Tensor],  # images (B', 3, H, W) of B and their clusters
     lr: float,                 # of the target encoder
-    step: int,                 # of all epochs, from 0
+    step: int,                 # of the target encoder, from 0; below 0 it does not learn yet
     rng: torch.Generator,      # on the CPU
 ) -> dict[str, Tensor]:        # what is reported
     "One step of all networks: generators, target encoder, discriminators, teacher."
     config = state.config
     gan_lr = lr * config.translation.lr / config.lr
     fake, terms = generator_step(state, *a, b[0], gan_lr)
-    terms |= encoder_step(state, fake["real"], a[1], *b, lr)
+    if step >= 0: terms |= encoder_step(state, fake["real"], a[1], *b, lr)
     terms["discriminator"] = discriminator_step(state, dict(real=b[0], synthetic=a[0]), fake, gan_lr, rng)
-    average_bn_stats(state.encoder.net)               # the teacher uses them in the next step
-    decay = warm_decay(step, config.ema) if config.ema_warmup else config.ema
-    update_ema(state.encoder.average, state.encoder.net, decay)
+    if step >= 0:
+        average_bn_stats(state.encoder.net)           # the teacher uses them in the next step
+        decay = warm_decay(step, config.ema) if config.ema_warmup else config.ema
+        update_ema(state.encoder.average, state.encoder.net, decay)
     return {name: term.detach() for name, term in terms.items()}
 
 # %% ../../nbs/baselines/01_sda_training.ipynb #eaeecd9e
@@ -248,7 +253,8 @@ def sda_epoch(
     batches = zip(loaders[0](epoch, "synthetic", done=first), loaders[1](epoch, "real", done=first))
     for i, (rate, (a, b)) in enumerate(zip(run.steps(lr), batches), first):
         step = epoch * len(lr) + i
-        terms = sda_step(state, a[:2], b[:2], float(rate), step, generator(seed, stage, "pool", step))
+        learned = step - state.config.translation.first_epochs * len(lr)
+        terms = sda_step(state, a[:2], b[:2], float(rate), learned, generator(seed, stage, "pool", step))
         run.add(len(a[0]) + len(b[0]), **terms)
         watch_translation(run, step, state.config)
 

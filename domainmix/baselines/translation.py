@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TranslationConfig', 'norm_relu', 'StyleBlock', 'StyleGenerator', 'PatchDiscriminator', 'check_translation',
-           'Translator', 'lsgan_loss', 'generator_losses', 'discriminator_losses', 'relation_loss', 'ImagePool',
-           'translation_spread', 'identities_found', 'check_spread']
+           'Translator', 'lsgan_loss', 'judging_loss', 'fooling_loss', 'generator_losses', 'discriminator_losses',
+           'relation_loss', 'ImagePool', 'translation_spread', 'identities_found', 'check_spread']
 
 # %% ../../nbs/baselines/01_sda_images.ipynb #2be2d291
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn, Tensor
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from .mmt import soft_triplet_loss
 from ..classifier import mean_over_views
-from ..core import DomainMixError
+from ..core import DomainMixError, later_setting
 from ..images import MEAN, STD
 from ..osnet import InstanceNorm
 
@@ -37,6 +38,8 @@ class TranslationConfig:
     # training stops if translated images vary less between people than this share of the originals; 0: never
     min_spread: float = 0.1
     watch_after: int = 400         # steps before this is checked: new generators give grey images
+    gan: Literal["squares", "hinge"] = later_setting("squares")  # GAN loss: squared distances, or a hinge
+    first_epochs: int = later_setting(0)  # epochs at the start in which only generators and discriminators learn
 
 # %% ../../nbs/baselines/01_sda_images.ipynb #955df3cc
 def norm_relu(layer: nn.Module) -> list[nn.Module]:
@@ -142,17 +145,36 @@ def lsgan_loss(
     "The mean squared distance to the target."
     return (score.float() - target).square().mean()
 
+# %% ../../nbs/baselines/01_sda_images.ipynb #81e2d23a
+def judging_loss(
+    score: Tensor,      # of a discriminator, any shape
+    is_original: bool,  # not a translation
+    kind: str,          # squares or hinge
+) -> Tensor:            # scalar
+    "The loss of a discriminator."
+    if kind == "squares": return lsgan_loss(score, float(is_original))
+    return F.relu(1 - score.float() if is_original else 1 + score.float()).mean()
+
+# %% ../../nbs/baselines/01_sda_images.ipynb #2c29aebf
+def fooling_loss(
+    score: Tensor,  # of a discriminator for translations, any shape
+    kind: str,      # squares or hinge
+) -> Tensor:        # scalar
+    "The GAN loss of a generator."
+    return lsgan_loss(score, 1.) if kind == "squares" else -score.float().mean()
+
 # %% ../../nbs/baselines/01_sda_images.ipynb #fa1480a8
 def generator_losses(
     translator: Translator,
     a: Tensor,                                  # (B, 3, H, W) synthetic, normalised
     b: Tensor,                                  # (B', 3, H, W) real, normalised
+    kind: str = "squares",                      # of the GAN loss
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # `a` in the real style, `b` in the synthetic style, the losses
     "Both translations, with their GAN, cycle and identity losses."
     to_real, to_synthetic = translator.generators["real"], translator.generators["synthetic"]
     fake_b, fake_a = to_real(a), to_synthetic(b)
     judged = translator.discriminators["real"](fake_b), translator.discriminators["synthetic"](fake_a)
-    losses = dict(gan=sum(lsgan_loss(score, 1.) for score in judged),
+    losses = dict(gan=sum(fooling_loss(score, kind) for score in judged),
                   cycle=F.l1_loss(to_synthetic(fake_b), a) + F.l1_loss(to_real(fake_a), b),
                   identity=F.l1_loss(to_synthetic(a), a) + F.l1_loss(to_real(b), b))
     return fake_b, fake_a, losses
@@ -162,9 +184,10 @@ def discriminator_losses(
     translator: Translator,
     real: dict[str, Tensor],  # original images of each style
     fake: dict[str, Tensor],  # translations into each style, detached
+    kind: str = "squares",    # of the GAN loss
 ) -> Tensor:                  # the sum over both discriminators
     "The loss of the discriminators: for each, half the sum of its losses on original and on translated images."
-    return sum((lsgan_loss(judge(real[style]), 1.) + lsgan_loss(judge(fake[style]), 0.)) / 2
+    return sum((judging_loss(judge(real[style]), True, kind) + judging_loss(judge(fake[style]), False, kind)) / 2
                for style, judge in translator.discriminators.items())
 
 # %% ../../nbs/baselines/01_sda_images.ipynb #a320d38f

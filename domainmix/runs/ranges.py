@@ -44,6 +44,7 @@ TRAINING_RANGES = {
     "translation.blocks": Range(0, 1000), "translation.disc_layers": Range(1, 8),
     **{f"translation.lambda_{loss}": WEIGHT for loss in ("gan", "cycle", "identity", "relation")},
     "translation.pool": Range(0, 10**6), "translation.min_spread": SHARE, "translation.watch_after": COUNT,
+    "translation.first_epochs": Range(0, 10**5),
     "samples_per_bn": Range(2, 10**5), "ratio": COUNT, "momentum": SHARE, "soft_id": SHARE, "soft_triplet": SHARE,
     "cluster.k1": Range(2, 10**4), "cluster.k2": Range(1, 10**4), "cluster.eps": Range(0, 1, True, True),
     "cluster.eps_gap": BELOW_ONE, "cluster.min_samples": Range(1, 10**5), "cluster.n_clusters": Range(2, 10**6),
