@@ -11,7 +11,7 @@ __all__ = ['PAPER_DATASETS', 'TASKS', 'BACKBONES', 'TABLE1_METHODS', 'TABLE1_LAB
 import os
 from pathlib import Path
 
-from ..core import DomainMixError, flag
+from ..core import DomainMixError, flag, to_dict
 from ..baselines.labellers import LABELLERS
 from .authors import SYSTEM_SCORES, SYSTEMS, system_tasks, SMALL_SYSTEMS
 from .settings import BACKBONE_SETTINGS, METHODS, RunConfig, check_choice, dataset_specs
@@ -83,10 +83,12 @@ for _task in TASKS:                     # Only A is the baseline of Table 3
 def _paper_small() -> dict:
     "The settings that switch off what the small network has in addition to the paper."
     averages = {f"{section}.ema": 0. for section in ("pretrain", "plain", "stage2", "stage3")}
-    labels = {f"{labeller}.{k}": v for labeller in LABELLERS
-              for k, v in (("flip", False), ("label_feature", "neck"), ("camera_centre", False))}
+    own = ("flip", "label_feature", "camera_centre", "outliers", "refresh", "domain_bn", "cluster")
+    labels = {f"{labeller}.{k}": v for labeller, (kind, _) in LABELLERS.items()
+              for k, v in to_dict(kind()).items() if k in own}
     return {"net.view": "whole", "net.parts": False, "net.stripes": 1, "net.weights": "none", "start": "stage0",
-            "feature": "neck", "flip": False, **averages, **labels}
+            "feature": "neck", "flip": False, **averages, **labels,
+            "stage2.balance": "union", "stage2.init_classifier": "random", "stage3.balance": "union"}
 
 # %% ../../nbs/runs/05_presets.ipynb #1cf44362
 def _mmt_paper() -> dict:
