@@ -82,13 +82,14 @@ def _small_system(
     backbone: str,
     lr: float = 0.01,  # of stages 0 and 2
     triplet: float = 1.,   # weight of the triplet loss; from random weights, one with a margin makes all features equal
+    iterations: int = 150,   # in an epoch of stage 0; these networks learn more slowly than the small one
     **more,            # other settings
 ) -> dict:
     "Settings of a system for the small tasks, if its network is not the small one."
     train = {stage: {**SMALL_SETTINGS[stage], "lambda_triplet": triplet, "augment": {"erase": 0.}}
              for stage in ("pretrain", "stage2", "stage3")}
     for stage in ("pretrain", "stage2"): train[stage]["lr"] = lr
-    train["pretrain"]["iterations"] = 150   # these networks learn more slowly than the small one
+    train["pretrain"]["iterations"] = iterations
     size = {"height": 64, "width": 32}
     same = {"world": size, "net": {"weights": "none", "width": 16}, "rounds": SMALL_SETTINGS["rounds"]}
     return {"backbone": backbone, **size, **same, **train, **more}
@@ -97,7 +98,7 @@ def _small_system(
 SMALL_SYSTEMS = {   # systems with a network of their own, or with SNR in the small one; the others are methods
     "snr": {"net": {"snr": True}},
     "mgn": _small_system("mgn", triplet=0.),
-    "mudeep": _small_system("mudeep", 3e-3, triplet=0.),
+    "mudeep": _small_system("mudeep", 3e-3, triplet=0., iterations=50),   # its steps take several times as long
     "cane-dual": _small_system("cane_dual", method="cane"),
     "osnet-ibn": _small_system("osnet_ibn_x0_25"),
 }

@@ -208,7 +208,7 @@ SAME_AS_ONLY_A = ("baseline", "baseline-ibn", "randperson")   # systems that are
 
 # %% ../../nbs/runs/05_tables.ipynb #5a7c0006
 WORLD_BUDGET = {k: v for k, v in DEMO.items() if k not in ("run", "real", "target")}
-# three epochs with the iterations of each system: 100, or 150 for networks that learn more slowly
+# three epochs of stage 0 with the iterations of each system: 100, but 150 or 50 for some networks of other authors
 TABLE3_BUDGET = WORLD_BUDGET | {"pretrain": {"epochs": 3}, "qaconv": {"epochs": 3}, "rounds": {"epochs": 4}}
 TABLE3_ROWS = (
     "only-a", "osnet-ibn", "snr", "mgn", "mudeep", "cane", "cane-rounds", "cane-dual", "qaconv",    # A alone
