@@ -46,9 +46,9 @@ class InputConfig:
     real: str | tuple[str, ...] | None = None  # B, real, labels unused: folder:DIR, msmt17:DIR, world, ..., or several
     target: str | None = None     # C, unseen, to test on: market1501:DIR, msmt17:DIR, ..., or world; may be left out
     run: str = "run"              # name of the run; its folder is DATA/runs/RUN
-    # what is trained: only-a, directmix-initial, directmix, control, domainmix-db, domainmix-kl, domainmix-cane,
-    # domainmix-reverse, labelled, labelled-db, only-b, cane, cane-rounds, qaconv, stage1, stage1-mmt, stage1-plain,
-    method: str = "domainmix-db"  # or stage1-sda
+    # what to train: only-a, directmix-initial, directmix, control, domainmix-db, domainmix-kl, domainmix-cane, labelled,
+    # domainmix-reverse, labelled-db, only-b, cane, cane-rounds, qaconv, stage1, stage1-mmt, stage1-plain or stage1-sda
+    method: str = "domainmix-db"
     seed: int = 0                 # seed of all random numbers
     backbone: str = "small"  # brings its settings: see net.name, such as resnet50_ibn, osnet, mgn, mudeep or timm:NAME
     height: int = 64              # rows of an image as the network sees it
