@@ -46,7 +46,7 @@ class InputConfig:
     real: str | tuple[str, ...] | None = None  # B, real, labels unused: folder:DIR, msmt17:DIR, world, ..., or several
     target: str | None = None     # C, unseen, to test on: market1501:DIR, msmt17:DIR, ..., or world; may be left out
     run: str = "run"              # name of the run; its folder is DATA/runs/RUN
-    # what to train: only-a, directmix-initial, directmix, control, domainmix-db, domainmix-kl, domainmix-cane, labelled,
+    # methods: only-a, directmix-initial, directmix, control, domainmix-db, domainmix-kl, domainmix-cane, labelled,
     # domainmix-reverse, labelled-db, only-b, cane, cane-rounds, qaconv, stage1, stage1-mmt, stage1-plain or stage1-sda
     method: str = "domainmix-db"
     seed: int = 0                 # seed of all random numbers
