@@ -22,6 +22,7 @@ from PIL import Image
 
 from domainmix.files import load_json, load_jsonl, locked, save_json, save_weights
 from domainmix.readers import write_market1501, write_msmt17, write_randperson
+from domainmix.runs.settings import TINY_SETTINGS
 from domainmix.world import toy_domain
 from forks import run_code, shared
 
@@ -127,6 +128,19 @@ def wrong(said, *words):
 
 
 # ---- whole runs
+
+def test_single_rows_of_a_table_leave_the_others(domainmix, tmp_path):
+    presets = ["world-only-a", "world-cane"]
+    save_json(tmp_path/"mine.json", {"presets": presets, "seeds": [0], "settings": TINY_SETTINGS})
+    done = domainmix("tables", "mine.json")
+    assert done.code == 0, done
+    before = load_json(tmp_path/"data/runs/mine.json")
+    again = domainmix("tables", "mine.json", "--rows", "world-cane", "world-cane")
+    assert again.code == 0 and [line for line in again.out.splitlines() if line.startswith("world-only-a")], again
+    assert load_json(tmp_path/"data/runs/mine.json") == before and [r["preset"] for r in before] == presets
+    wrong(domainmix("tables", "mine.json", "--rows", "world-cann"), "unknown row", "world-cane")
+    wrong(domainmix("tables", "places", "--rows", "e"), "unknown row", "a or b or c or d")
+
 
 def test_the_installed_command_is_this_one(tmp_path):
     command = Path(sys.executable).with_name("domainmix")
