@@ -81,7 +81,7 @@ def system_tasks() -> list[tuple[str, str]]:
 def _small_system(
     backbone: str,
     lr: float = 0.01,  # of stages 0 and 2
-    triplet: float = 1.,   # weight of the triplet loss; from random weights, one with a margin makes all features equal
+    triplet: float = 1.,   # its weight; from random weights, one with a margin can make all features equal
     iterations: int = 150,   # in an epoch of stage 0; these networks learn more slowly than the small one
     **more,            # other settings
 ) -> dict:
