@@ -12,6 +12,7 @@ from PIL import Image
 
 from domainmix.checkpoint import StageRun
 from domainmix.cli import main
+from domainmix.core import DomainMixError
 from domainmix.files import Terminated, load_jsonl, load_weights, raise_on_sigterm, save_json
 from domainmix.pseudolabel import load_labels
 from domainmix.runs.history import list_runs
@@ -80,6 +81,13 @@ def test_dbscan_and_a_table(tmp_path):
     config = tiny(tmp_path, run="table", **{"sda.cluster.method": "dbscan", "sda.epochs": 1})
     [row] = run_methods(config, ("stage1-sda",), (0,))
     assert row["model"] == "seed0/stage1-sda" and 0 < row["mAP"] < 1
+
+
+@pytest.mark.parametrize("settings, words", [({"sda.translation.first_epochs": 2}, "does not learn"), ({"sda.dropout": .5}, "SDA has no dropout")])
+def test_settings_that_sda_cannot_use_are_refused_before_stage_0(settings, words, tmp_path):
+    with pytest.raises(DomainMixError, match=words):
+        run(tiny(tmp_path, **settings))
+    assert not list(tmp_path.rglob("stage0"))
 
 
 @pytest.mark.slow

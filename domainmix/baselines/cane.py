@@ -48,7 +48,7 @@ class RoundsConfig:
     "The rounds of CaNE; all numbers are those of its authors' code, except `epochs` and `most_repairs`."
     epochs: int = 20          # rounds: each hides cameras, repairs identities, or restarts both heads
     batch: int = 64           # images in a batch; some batches have one less
-    lr: float = 5.            # learning rate of the backbone's step that hides cameras; .1 suits cane_weights none
+    lr: float = 5.            # learning rate of the hiding step; authors: .1 with cane_weights none, 10 with domains
     cane_weights: Literal["images", "none", "domains"] = "images"   # which images count more; as stage3.cane_weights
     head_lr: float = 1e-3     # learning rate of the heads, which predict identity and camera
     head_epochs: int = 30     # passes over the images in which the heads are trained, in each round

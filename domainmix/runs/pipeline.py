@@ -435,9 +435,9 @@ def _mixed_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
 
 # %% ../../nbs/runs/04_pipeline.ipynb #33108472
 def _sda_faults(config: RunConfig) -> list[Fault]:
-    "Images that SDA cannot translate."
+    "Settings that SDA cannot use, and images that it cannot translate."
     if not _needs_stage1(config) or config.labeller != "sda": return []
-    try: check_translation(config.sda.translation, config.height, config.width)
+    try: check_translation(config.sda.checked().translation, config.height, config.width)
     except DomainMixError as e: return [Fault(e.what, e.remedy)]
     return []
 

@@ -47,12 +47,12 @@ def site_spec(
     data: str | Path,   # the folder with the data sets
 ) -> str:
     "The data set of a site; an error if its folder is missing."
-    title, _, folder = PAPER_DATASETS[site]
-    path = Path(data)/folder
+    spec = dataset_spec(site, data)
+    path = spec.partition(":")[2]
     if not os.path.isdir(path):
-        raise DomainMixError(f"the table of places needs {title} at {path}: no such folder",
+        raise DomainMixError(f"the table of places needs {PAPER_DATASETS[site][0]} at {path}: no such folder",
                              "data/README.md says where to get it; a link to the folder is enough")
-    return dataset_spec(site, data)
+    return spec
 
 # %% ../../nbs/runs/07_places.ipynb #e663877e
 def place_config(

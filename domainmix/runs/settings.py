@@ -81,7 +81,7 @@ class RunConfig(InputConfig):
     all_stages: bool = True  # evaluate the network of every stage, not only the last
     match_bytes: int = later_setting(MATCH_BYTES)  # memory of a matcher (method qaconv) in bytes; it changes no result
     net: BackboneConfig = field(default_factory=BackboneConfig)  # the network
-    pretrain: TrainConfig = field(default_factory=TrainConfig)   # stage 0: on A alone, for only-b on B
+    pretrain: TrainConfig = field(default_factory=TrainConfig)   # stage 0, if net.weights is none: A alone (only-b: B)
     spcl: SpCLConfig = field(default_factory=SpCLConfig)  # stage 1 by SpCL: pseudo labels for B (--labeller spcl)
     mmt: MMTConfig = field(default_factory=MMTConfig)            # stage 1 by mutual mean-teaching (--labeller mmt)
     plain: PlainConfig = field(default_factory=PlainConfig)  # stage 1 by clustering and fine-tuning (--labeller plain)
