@@ -29,7 +29,7 @@ from .pixels import FILL
 from .inference import containing_run, find_net, model_name
 from .layouts import LAYOUTS
 from .readers import leaves_folder
-from .runs.settings import META_KEYS, RESULT_NEUTRAL, RunConfig, dataset_specs
+from .runs.settings import META_KEYS, RESULT_NEUTRAL, RunConfig, dataset_specs, starting_weights
 
 # %% ../nbs/61_card.ipynb #7b762b08
 REDACTED = "(left out)"
@@ -102,11 +102,12 @@ def card_licence(
     if learned is None:
         return {**licence, "trained_on": "unknown: the weights have left their run", "research_only": "unknown"}
     sets = [s for role in ("synthetic", "real") if role in learned for s in card_sets(config, role)]
-    if config.net.weights == "imagenet":
+    weights = starting_weights(config) if "synthetic" in learned else config.net.weights    # a table saves auto
+    if weights == "imagenet":
         sets.append({"layout": "imagenet", "name": "ImageNet", "terms": DATASET_TERMS["imagenet"]})
-    elif config.net.weights == BUILTIN:
+    elif weights == BUILTIN:
         sets.append({"layout": "world", "name": "the network in the package", "terms": DATASET_TERMS["world"]})
-    elif config.net.weights not in ("none", "auto"):
+    elif weights not in ("none", "auto"):
         terms = "unknown: see where the file came from"
         sets.append({"layout": "file", "name": "weights of a file", "terms": terms})
     return {**licence, "trained_on": {s["name"]: s["terms"] for s in sets},

@@ -29,7 +29,8 @@ def usage_text() -> str:
     return "\n".join([
         "usage: domainmix COMMAND [--help] ...\n", *lines,
         "\nA data set is NAME:DIR (randperson, market1501, cuhk03np-detected, cuhk03np-labeled, msmt17,",
-        "crops, folder) or world, the embedded one. domainmix COMMAND --help lists every setting."])
+        "crops, folder); in run, table, label, tune and evaluate also world, the embedded one.",
+        "domainmix COMMAND --help lists every setting."])
 
 # %% ../nbs/80_cli.ipynb #6a3c782a
 def read_flag(

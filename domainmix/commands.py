@@ -23,11 +23,11 @@ import numpy as np
 
 from .bench.speed import SUITES, bench, bench_text
 from .bench.training import STEP_VARIANTS
-from .core import DomainMixError, to_jsonable
+from .core import DomainMixError, to_jsonable, was_typed
 from .crop_commands import CropCommand, do_crop
 from .datasets import write_world
 from .deepsort import read_box_table, write_deepsort
-from .deploy import embed_onnx, export
+from .deploy import check_new_folder, embed_onnx, export
 from .files import save_json, write_atomic
 from .backbone import FeatureKind
 from .inference import embed_to_file, ensure_suffix, evaluate_model, tune
@@ -38,7 +38,7 @@ from domainmix.runs.history import (
     LiveTensorBoard, compare, compare_text, list_runs, runs_text, write_tensorboard,
 )
 from .runs.pipeline import labels_text, make_labels, result_text, run
-from .runs.settings import DEFAULT_METHODS, METHODS, RunConfig, load_config, run_folder
+from .runs.settings import DEFAULT_METHODS, DEFAULT_SEEDS, METHODS, RunConfig, load_config, run_folder
 from .runs.presets import check_datasets_exist, presets_text
 from .runs.places import places_text, run_places
 from domainmix.runs.tables import (
@@ -83,7 +83,7 @@ class LabelCommand(RunCommand):
 @dataclass
 class EvaluateCommand(FeatureCommand):
     "Test a trained network on a target."
-    model: str                      # a run's name or folder, a stage's folder, or a file of weights
+    model: str                      # a run's name or folder, a stage's folder, a file of weights, or builtin
     target: str                     # the data set to test on: market1501:DIR, folder:DIR with a pattern, world, ...
     pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera
     centre_cameras: bool = False    # subtract the mean feature of each camera: needs all images at once, no labels
@@ -96,8 +96,8 @@ class EvaluateCommand(FeatureCommand):
 @dataclass
 class EmbedCommand(FeatureCommand):
     "Features of all images of a folder or data set."
-    images: str                     # images to embed: folder:DIR, market1501:DIR, world, ...
-    # a run's name or folder, a stage's folder, or a file of weights; either --model or --onnx is required
+    images: str                     # images to embed: folder:DIR, crops:DIR, market1501:DIR, ...
+    # a run's name or folder, a stage's folder, a file of weights, or builtin; either --model or --onnx is required
     model: str | None = None
     onnx: str | None = None         # instead of --model: an exported model.onnx, or its folder, run by onnxruntime
     # the file to write: float32 (N, D), one row for each image; a .csv beside it lists their paths, pid, camera, ...
@@ -124,7 +124,7 @@ class LookCommand:
 @dataclass
 class TuneCommand(FeatureCommand):
     "Learn a metric for a trained network's features from unlabelled images, in seconds, without training."
-    model: str                      # a run's name or folder, a stage's folder, or a file of weights
+    model: str                      # a run's name or folder, a stage's folder, a file of weights, or builtin
     images: str                     # unlabelled images of real cameras: folder:DIR, market1501:DIR, ...
     out: str = "tuned.safetensors"  # file for the network with its metric, for evaluate, embed and export
     ridge: float = 10.              # regularisation; smaller: what varies within a person counts less
@@ -134,7 +134,7 @@ class TuneCommand(FeatureCommand):
 @dataclass
 class ExportCommand:
     "Write a trained network as ONNX and torch.export, with a card that describes it."
-    model: str                      # a run's name or folder, a stage's folder, or a file of weights
+    model: str                      # a run's name or folder, a stage's folder, a file of weights, or builtin
     out: str                        # the folder to make: model.onnx, model.pt2, card.json
     formats: tuple[Literal["onnx", "torch"], ...] = ("onnx", "torch")  # files to write: model.onnx, model.pt2 (torch)
     # what the files take: uint8; float32, normalised as trackers feed it; or unit, float32 from 0 to 1
@@ -260,13 +260,16 @@ def check_seed_count(seeds: int) -> int:
 
 # %% ../nbs/79_commands.ipynb #52abb634
 def seed_list(args: TableCommand) -> tuple[int, ...]:
-    "The seeds of --seeds, of the config file, or 0, 1, 2."
+    "The seeds of --seeds, of the config file, or 0, 1, 2; flags that are for one run are refused."
+    for name in ("method", "seed"):
+        if was_typed(name):
+            raise DomainMixError(f"--{name} is for one run, and a table has several", f"give --{name}s")
     if args.seeds is not None:
         return tuple(range(check_seed_count(args.seeds)))
     if not args.config:
-        return (0, 1, 2)
+        return DEFAULT_SEEDS
     _, more = load_config(args.config, args.backbone)
-    return tuple(more.get("seeds", range(3)))
+    return tuple(more.get("seeds", DEFAULT_SEEDS))
 
 # %% ../nbs/79_commands.ipynb #e8770df1
 def do_table(args: TableCommand) -> None:
@@ -302,6 +305,7 @@ def do_label(args: LabelCommand) -> None:
 # %% ../nbs/79_commands.ipynb #d6b1935a
 def do_evaluate(args: EvaluateCommand) -> None:
     "Print the scores of a network on a target."
+    check_output_file(args.out)
     rerank = RerankConfig() if args.rerank else None
     scores = evaluate_model(args.model, args.target, args.pattern, architecture(args), **common_options(args),
                             centre_cameras=args.centre_cameras, camera_norms=args.camera_norms, rerank=rerank)
@@ -408,6 +412,7 @@ def do_notebooks(args: ReportCommand, results: Results) -> None:
 # %% ../nbs/79_commands.ipynb #508a3633
 def do_report(args: ReportCommand) -> None:
     "Write the page of a run and print its name."
+    check_output_file(args.out)
     results = Results(args.run, args.data, args.seed)
     if args.notebooks:
         return do_notebooks(args, results)
@@ -450,6 +455,7 @@ def suite_arguments(args: BenchCommand) -> dict[str, dict]:
 # %% ../nbs/79_commands.ipynb #b7d01422
 def do_bench(args: BenchCommand) -> None:
     "Time the suites and print the ratios."
+    check_output_file(args.out)
     results = bench(args.what, args.threads, args.device, args.out, **suite_arguments(args))
     print(f"\n{bench_text(results)}\n\n{args.out}")
 
@@ -466,8 +472,7 @@ def do_export(args: ExportCommand) -> None:
 def do_world(args: WorldCommand) -> None:
     "Write the synthetic world and print the three data sets."
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DomainMixError(f"{out} exists and is not empty", "give a new folder: nothing is overwritten")
+    check_new_folder(out)
     layouts = ("randperson", "msmt17", "market1501")
     for (domain, place), layout in zip(write_world(out, args.world).items(), layouts):
         print(f"{domain.upper()}  {layout}:{place}")

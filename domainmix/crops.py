@@ -277,18 +277,18 @@ class FrameSource:
         if not os.path.exists(self.path):
             raise DomainMixError(f"{printable(self.path)} is not there", "give a folder of frames, or a video")
         self.files = frame_files(self.path, first_frame) if self.path.is_dir() else None
-        if self.files is None:
-            import_av()
+        if self.files is None: import_av()
 
-    def read(self, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
-        "The wanted frames that are there: number and image, uint8 (H, W, 3)."
+    def read(self, wanted: set[int], notes: list | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        "The wanted frames that are there: number and image, uint8 (H, W, 3). What goes wrong is added to the notes."
+        notes = self.notes if notes is None else notes
         if self.files is None:
-            return _video_frames(self.path, wanted, self.first_frame, self.notes)
-        return _folder_frames(self.files, wanted, self.skip_bad, self.notes)
+            return _video_frames(self.path, wanted, self.first_frame, notes)
+        return _folder_frames(self.files, wanted, self.skip_bad, notes)
 
     def size(self, wanted: set[int]) -> tuple[int, int]:
-        "Rows and columns of the first wanted frame."
-        first = next(self.read({min(wanted & self.files.keys())} if self.files else {self.first_frame}), None)
+        "Rows and columns of the first wanted frame that can be read; of a video, of its first frame."
+        first = next(self.read({self.first_frame} if self.files is None else wanted, []), None)   # notes come later
         if first is None:
             raise DomainMixError(f"no frame of {printable(self.path)} can be read", "give another folder, or a video")
         return first[1].shape[:2]

@@ -156,6 +156,14 @@ def warn_of_folders(
                       "folder, with the test images among the others. "
                       f"Give one of them, such as {printable(home/sets[0])}")
 
+# %% ../nbs/14_datasets.ipynb #3ba1075c
+def _no_split_image_error(home: Path, paths: list[str], folders: dict[str, list[str]]) -> DomainMixError:
+    "The error for a folder whose images are all beside the folders of its splits."
+    names = printable(", ".join(name for part in folders.values() for name in part))
+    return DomainMixError(f"{printable(home)} has folders for its splits ({names}), but none of its {len(paths):,} "
+                          f"images is in them, such as {printable(paths[0])}",
+                          "move the images into these folders; if it has no splits, remove the folders")
+
 # %% ../nbs/14_datasets.ipynb #2c698f6e
 def read_pattern(
     home: Path,        # the folder
@@ -165,8 +173,10 @@ def read_pattern(
     "The splits of a folder whose paths `pattern` reads, and the images that are in none."
     folders, sets = find_split_folders(home)
     part = splits_of_paths(paths, folders)
+    inside = [p for p, s in zip(paths, part) if s]
+    if not inside: raise _no_split_image_error(home, paths, folders)
     warn_of_folders(home, sets, [p for p, s in zip(paths, part) if not s])
-    hits = match_pattern(home, [p for p, s in zip(paths, part) if s], pattern)
+    hits = match_pattern(home, inside, pattern)
     columns = {g: to_numbers([m.groupdict().get(g) for _, m in hits]) for g in PATTERN_GROUPS}
     columns["track"] = unique_tracks(columns["track"], columns["camera"])
     rows = Records([p for p, _ in hits], root=str(home), **columns)
@@ -244,6 +254,9 @@ def unknown_dataset_error(
 ) -> DomainMixError:
     "The error for a text that names no data set: it suggests the nearest names, or the layout of the folder."
     name = spec.partition(":")[0]
+    if spec == "world":
+        return DomainMixError("this command reads files, but the world is drawn and is in no files",
+                              "write it to a folder first: domainmix world --out FOLDER, which prints three data sets")
     if os.path.isdir(spec) and (like := guess_layouts(spec)):
         return DomainMixError(f"{printable(spec)} is a folder, and its layout is not named",
                               f"it looks like {like[0]}: write {like[0]}:{printable(spec)}")

@@ -40,10 +40,13 @@ def box_number(
 
 # %% ../nbs/69_deepsort.ipynb #bd6a8a8a
 def read_box_table(
-    folder: str | Path,  # of the crops
+    folder: str | Path,  # of the crops; ~ is the user's own folder
 ) -> dict[str, dict[str, float]]:  # path below the folder -> the columns of `BOX_NUMBERS`
     "The boxes of the crops in a folder."
-    file = Path(folder)/"boxes.csv"
+    if not str(folder):
+        raise DomainMixError("DeepSORT needs boxes, but the images are not given as crops:FOLDER",
+                             "write crops:FOLDER, with the folder that `domainmix crop` made")
+    file = Path(folder).expanduser()/"boxes.csv"
     if not file.is_file():
         raise DomainMixError(f"there is no boxes.csv in {printable(folder)}",
                              "DeepSORT needs boxes: give the folder that `domainmix crop` made")
@@ -73,7 +76,7 @@ def write_deepsort(
     features: np.ndarray,  # (N, D)
 ) -> list[Path]:           # c0.npy, c1.npy, ...
     "Write one array for each camera."
-    table, home = read_box_table(folder), os.path.abspath(folder)
+    table, home = read_box_table(folder), os.path.abspath(os.path.expanduser(folder))
     names = [os.path.relpath(os.path.abspath(p), home).replace(os.sep, "/") for p in paths]
     missing = [name for name in names if name not in table]
     if missing:

@@ -191,11 +191,19 @@ def no_feature_error() -> DomainMixError:
     return DomainMixError("this model is a matcher: it compares pairs of images and has no feature of one image",
                           f"evaluate it, rank with it, or train a model with another {flag('method')}")
 
+# %% ../nbs/50_evaluation.ipynb #106abea9
+def _refuse_for_matcher(**options) -> None:
+    "Raise an error if an option is set that works on features: a matcher has none."
+    for name, value in options.items():
+        if value:
+            raise DomainMixError(f"{flag(name)} cannot be used with a matcher, which has no feature of one image",
+                                 f"leave {flag(name)} out")
+
 # %% ../nbs/50_evaluation.ipynb #f3097322
 def _distances(query, gallery, known: torch.Tensor, own: np.ndarray | None, rerank: RerankConfig | None) -> Callable:
     "Query indices -> distances (B, G) to the gallery images that are `known`; from features, or from scores of pairs."
     if isinstance(query, PairScores):
-        if rerank: raise no_feature_error()
+        _refuse_for_matcher(rerank=rerank)
         rows = known.nonzero()[:, 0]
         distances = lambda part: query(part, rows).neg()
     else:
@@ -309,12 +317,12 @@ def extract_features(
 # %% ../nbs/50_evaluation.ipynb #b5ef957e
 def _check_cameras(net: torch.nn.Module, cameras: Sequence[np.ndarray], option: str) -> None:
     "Refuse an option that needs cameras where none is known, and where there is no feature."
+    if isinstance(net, QAConvNet): _refuse_for_matcher(**{option: True})
     unknown = np.concatenate(cameras) < 0
     if unknown.all():
         raise DomainMixError(f"{flag(option)} needs the cameras of the images, but none is known",
                              f"give {flag('pattern')} with a group camera, or leave {flag(option)} out")
     if unknown.any(): warnings.warn(f"the camera of {unknown.sum():,} of {len(unknown):,} images is unknown")
-    if isinstance(net, QAConvNet): raise no_feature_error()
 
 # %% ../nbs/50_evaluation.ipynb #66949cef
 def features_by_camera(
@@ -351,6 +359,12 @@ def compared_inputs(
     use = {k: v for k, v in options.items() if k in ("device", "precision")}
     return match_images(net, query, gallery, memory=match_bytes, batch=min(batch, 64), **use), None
 
+# %% ../nbs/50_evaluation.ipynb #11f61752
+def _check_options(net: torch.nn.Module, cameras: Sequence[np.ndarray], **options) -> None:
+    "Refuse options of `evaluate` that this network or these cameras do not allow, before anything is computed."
+    if isinstance(net, QAConvNet): _refuse_for_matcher(**options)
+    if options["centre_cameras"]: _check_cameras(net, cameras, "centre_cameras")
+
 # %% ../nbs/50_evaluation.ipynb #cfcdac5d
 def evaluate(
     net: torch.nn.Module,          # has `embed`; or a matcher, for which flip and feature have no meaning
@@ -371,7 +385,7 @@ def evaluate(
 ) -> dict[str, float]:             # mAP, rank1, rank5, rank10, mINP, mAP_trapezoid, queries, skipped
     "The scores of a network on a data set."
     pids, cameras = ([getattr(r, name) for r in (query_records, gallery_records)] for name in ("pid", "camera"))
-    if centre_cameras: _check_cameras(net, cameras, "centre_cameras")
+    _check_options(net, cameras, centre_cameras=centre_cameras, camera_norms=camera_norms, rerank=rerank)
     options = dict(device=device, batch=batch, flip=flip, precision=precision, feature=feature, match_bytes=match_bytes)
     q, g = compared_inputs(net, query_images, gallery_images, cameras=cameras if camera_norms else None, **options)
     own = find_same_files(query_records, query_images, gallery_records, gallery_images)

@@ -11,7 +11,6 @@ __all__ = ['CHUNK', 'CHUNKS_A_SAVE', 'ImageFiles', 'list_dataset', 'list_folder_
 
 # %% ../nbs/63_feature_store.ipynb #2129419d
 import dataclasses
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -24,10 +23,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .core import DomainMixError, fingerprint
-from .datasets import READERS, compile_pattern, read_dataset, to_numbers
+from .datasets import READERS, compile_pattern, read_dataset, to_numbers, unknown_dataset_error
 from .evaluation import extract_features
 from .files import load_arrays, save_arrays
-from .images import decode_files, unreadable_images_text
+from .images import decode_files, file_digest, unreadable_images_text
 from .pixels import find_bits
 from .inference import Model, find_net, known_columns, model_name, model_settings, open_net
 from .readers import merge_splits
@@ -79,6 +78,7 @@ def list_folder_or_file(
     if os.path.isfile(path):
         return ImageFiles([path], [os.path.basename(path)])
     if not os.path.isdir(path):
+        if path == "world": raise unknown_dataset_error(path)
         raise DomainMixError(f"there is no file or folder {printable(path)}", "correct the path")
     names = find_images(path)
     if not names:
@@ -178,11 +178,7 @@ def content_hash(
     file: str,  # a path
 ) -> str:  # 32 hexadecimal digits; empty if the file cannot be read
     "A hash of the bytes of a file."
-    try:
-        with open(file, "rb") as f:
-            return hashlib.blake2b(f.read(), digest_size=16).hexdigest()
-    except OSError:
-        return ""
+    return (file_digest(file) or b"").hex()
 
 # %% ../nbs/63_feature_store.ipynb #8012cb22
 def model_fingerprint(

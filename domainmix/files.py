@@ -127,7 +127,6 @@ def wrap_read_errors(
 # %% ../nbs/01_files.ipynb #3dd277c5
 @contextlib.contextmanager
 def own_file(
-    path: str | Path,   # of the user: it is not part of a run
     remedy: str = "correct it, copy it again, or give another file",   # instead of deleting it
 ):
     "A context in which an error that would advise to delete a file, or to run a stage, advises `remedy`."

@@ -343,14 +343,16 @@ def list_both(
     query: Any,
     gallery: Any,
     pattern: str | None,
-) -> tuple[ImageFiles, ImageFiles]:
+) -> tuple[ImageFiles | None, ImageFiles]:   # query, None if it is in memory, and gallery
     "The images of both sides, with what their names say."
-    sides = list_source(query, "query"), list_source(gallery, "gallery")
+    asked = None if in_memory(query) else list_source(query, "query")
+    found = list_source(gallery, "gallery")
     if pattern:
-        read_names(*sides, pattern, sides[1].home)
-    elif sides[1].from_layout and not sides[0].from_layout:
-        look_up(sides[0], gallery)
-    return sides
+        nothing = ImageFiles([], [], from_layout=True)      # images in memory have no names
+        read_names(asked or nothing, found, pattern, found.home)
+    elif asked and found.from_layout and not asked.from_layout:
+        look_up(asked, gallery)
+    return asked, found
 
 # %% ../nbs/67_gallery.ipynb #d73f555e
 def camera_models(
@@ -440,8 +442,7 @@ def search(
 ) -> Answers:
     "The gallery images that are most similar to each query."
     check_search(top, index, threshold)
-    memory = in_memory(query)
-    sides = (None, list_source(gallery)) if memory else list_both(query, gallery, pattern)
+    sides = list_both(query, gallery, pattern)
     check_cameras(sides[0] or ImageFiles([""], [""]), sides[1], other_cameras=other_cameras,
                   centre_cameras=centre_cameras, camera_norms=camera_norms)
     model = open_model(model, data="data" if data is None else data, **options)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['toy_train_set', 'to_device_if_fits', 'fetch_batch', 'prefetch', 'load_batches', 'embed_images', 'class_means',
-           'index_batches', 'BatchLoader']
+           'index_batches', 'make_sampler', 'BatchLoader']
 
 # %% ../nbs/30_loading.ipynb #37cfc205
 import itertools
@@ -17,8 +17,9 @@ import torch
 from torch import nn, Tensor
 
 from .batches import augment, augmentation_numbers, ImageStack, PKSampler, told_domains, TrainSet
+from .camera_batches import CameraSampler
 from .checkpoint import T
-from .core import autocast, free_memory, generator
+from .core import autocast, DomainMixError, free_memory, generator, rank_and_size
 from .distributed import check_divisible, join_slices, process_rows, process_slice
 from .images import normalise
 from .optimiser import memory_layout
@@ -176,12 +177,21 @@ def index_batches(
         index = sampler.sample(pick).repeat(views)
         yield index, augmentation_numbers(len(index), augment_rng)
 
+# %% ../nbs/30_loading.ipynb #284d3dd9
+def make_sampler(data: TrainSet, config: TrainConfig, stage: str) -> PKSampler | CameraSampler:
+    "Draws the batches of a stage: people together, or with `camera_ids` the images of a camera together."
+    p, sets = check_divisible(config.p, stage), (data.label, data.camera, data.domain)
+    if not config.camera_ids: return PKSampler(*sets, p, config.k, balance=config.balance)
+    if rank_and_size()[1] > 1:
+        raise DomainMixError(f"{stage}: camera_ids is {config.camera_ids}, but several processes train",
+                             "start one process, or set it to 0: processes share a batch by identity, not by camera")
+    return CameraSampler(*sets, p, config.k, config.balance, config.camera_ids)
+
 # %% ../nbs/30_loading.ipynb #a8d7aa1a
 class BatchLoader:
     "Batches of augmented images on the device. `stage` names the random streams: another stage gets other batches."
     def __init__(self, data: TrainSet, config: TrainConfig, seed: int, stage: str, device: torch.device):
-        p = check_divisible(config.p, stage)
-        self.sampler = PKSampler(data.label, data.camera, data.domain, p, config.k, balance=config.balance)
+        self.sampler = make_sampler(data, config, stage)
         self.augment, self.layout = config.augment, memory_layout(config.channels_last, device)
         self.seed, self.stage, self.device = seed, stage, device
         self.images = to_device_if_fits(data.images, device)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EXIT_OK', 'EXIT_USER_ERROR', 'EXIT_INTERRUPTED', 'EXIT_BROKEN_PIPE', 'EXIT_TERMINATED', 'USER_ERRNOS',
            'print_message', 'ErrorReport', 'report_os_error', 'report_full_gpu', 'report_error', 'close_output',
-           'report_errors', 'parse_value', 'apply_settings', 'make_parser', 'settings_in_file', 'run_from_file', 'main']
+           'report_errors', 'parse_value', 'apply_settings', 'make_parser', 'settings_in_file', 'given_on_line',
+           'run_from_file', 'main']
 
 # %% ../nbs/70_headless.ipynb #a88914cb
 import argparse
@@ -21,7 +22,7 @@ import torch
 from .core import CommandLine, DomainMixError, command_line, flag, has_flag, rank_and_size
 from .files import Terminated, load_json, raise_on_sigterm
 from .runs.pipeline import result_text, run
-from .runs.settings import RunConfig, change_settings, load_config
+from .runs.settings import DEFAULT_SEEDS, RunConfig, change_settings, load_config
 from .runs.tables import gains_text, run_methods, table_text
 
 # %% ../nbs/70_headless.ipynb #bb81fac7
@@ -171,23 +172,24 @@ def settings_in_file(
         return frozenset()
 
 # %% ../nbs/70_headless.ipynb #285935b7
+def given_on_line(
+    args: argparse.Namespace,  # of `make_parser`
+) -> CommandLine:
+    "What the user gave, for messages, which name settings as keys of the file."
+    typed = frozenset(setting.partition("=")[0] for setting in args.settings)
+    return CommandLine(frozenset(vars(args)), typed, args.config, settings_in_file(args.config))
+
+# %% ../nbs/70_headless.ipynb #af23d731
 def run_from_file(
     args: argparse.Namespace,  # of `make_parser`
 ) -> None:
     "Do the run or the table of a file of settings, and print the result."
-    typed = frozenset(setting.partition("=")[0] for setting in args.settings)
-    with command_line(CommandLine(frozenset(vars(args)), typed, args.config, settings_in_file(args.config))):
-        _run_settings(args)
-
-# %% ../nbs/70_headless.ipynb #af23d731
-def _run_settings(args: argparse.Namespace) -> None:
-    "Do what `run_from_file` says; messages name settings as keys of the file."
     config, more = load_config(args.config, finite=False)
     config = apply_settings(config, args.settings)
     if "methods" not in more:
         print(result_text(run(config, args.update, args.fresh)))
         return
-    seeds = tuple(more.get("seeds", (0,)))
+    seeds = tuple(more.get("seeds", DEFAULT_SEEDS))
     rows = run_methods(config, tuple(more["methods"]), seeds, args.update, args.fresh)
     print(table_text(rows), gains_text(rows), sep="\n")
 
@@ -197,7 +199,8 @@ def main(
 ) -> int:  # the exit code
     "`python -m domainmix.pipeline`: a run or a table from a file of settings."
     args = make_parser().parse_args(argv)
-    return report_errors(lambda: run_from_file(args))
+    with command_line(given_on_line(args)):    # until the error is reported
+        return report_errors(lambda: run_from_file(args))
 
 # %% ../nbs/70_headless.ipynb #07a70fa3
 if __name__ == "__main__" and globals().get("__spec__"):

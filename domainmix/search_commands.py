@@ -80,7 +80,7 @@ def check_output_file(
 @dataclass
 class SearchCommand(FeatureCommand):
     "Find the people of query images in a gallery, without labels."
-    model: str                      # a run's name or folder, a stage's folder, or a .safetensors file
+    model: str                      # a run's name or folder, a stage's folder, a file of weights, or builtin
     query: str                      # whom to find: an image, a folder of images, or a data set such as market1501:DIR
     gallery: str                    # where to search: a folder with any sub-folders, or a data set (market1501:DIR)
     top: int = 10                   # number of answers for each query
@@ -174,7 +174,7 @@ def check_somebody(
 @dataclass
 class ThresholdCommand(FeatureCommand):
     "Measure above which similarity two images show one person, for a rate of false matches."
-    model: str                      # a run's name or folder, a stage's folder, or a .safetensors file
+    model: str                      # a run's name or folder, a stage's folder, a file of weights, or builtin
     images: str                     # images of people whom the model was not trained on: folder:DIR, market1501:DIR
     # the false-match rate to allow: the share of pairs of different people that may be called the same person
     fmr: float = .01

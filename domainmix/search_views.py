@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['THUMBNAIL_SIZE', 'SHEET_QUERIES', 'PAGE_QUERIES', 'PAGE_CSS', 'RESULT_KINDS', 'read_thumbnails', 'answer_marks',
            'answer_caption', 'answers_row', 'shortened', 'answers_sheet', 'figure_of_image', 'query_section',
-           'answers_page', 'result_files', 'require_matplotlib', 'write_results', 'threshold_figure', 'SearchView',
-           'view_answers', 'search_figure']
+           'answers_page', 'result_files', 'write_results', 'threshold_figure', 'SearchView', 'view_answers',
+           'search_figure']
 
 # %% ../nbs/68_search_views.ipynb #18ba0365
 import html
@@ -25,7 +25,7 @@ from .gallery import Answers, compare_embedded
 from .images import decode_files
 from .records import printable
 from .verification import Threshold
-from .views.figures import FIXED_COLOURS, _get_axes, _legend, png, style_axes
+from .views.figures import FIXED_COLOURS, _get_axes, _legend, png, require_matplotlib, style_axes
 from .views.report import _page_html
 from .views.sheets import SheetRow, sheet_of_rows
 from .views.widgets import View, import_ipywidgets, thumbnail_url, with_label
@@ -171,15 +171,8 @@ def result_files(
     if not os.access(above, os.W_OK):
         raise DomainMixError(f"cannot write into {above}", "give --out another folder, or change its permissions")
     if is_file and out.suffix.lower() == ".png":
-        require_matplotlib()
+        require_matplotlib("a picture of the answers", "choose another kind of file")
     return [out] if is_file else [folder/f"answers{kind}" for kind in RESULT_KINDS]
-
-# %% ../nbs/68_search_views.ipynb #661bc3cf
-def require_matplotlib() -> None:
-    "Raise an error if matplotlib is not installed."
-    if importlib.util.find_spec("matplotlib") is None:
-        raise DomainMixError("matplotlib is not installed, and the picture needs it",
-                             "pip install 'domainmix[notebooks]', or choose another kind of file")
 
 # %% ../nbs/68_search_views.ipynb #f482fbec
 def write_results(

@@ -40,7 +40,7 @@ from domainmix.losses import (
 )
 from .norms import from_domain_bn, to_ghost_bn
 from .optimiser import adam, make_ema, memory_layout, move_to_device, update_ema
-from .schedule import DomainConfig, set_lr, TrainConfig, turn_schedule
+from .schedule import DomainConfig, images_per_bn, set_lr, TrainConfig, turn_schedule
 
 # %% ../nbs/40_training.ipynb #54cbc47b
 def starting_classifier(
@@ -208,7 +208,7 @@ def make_train_state(
     rows: Tensor | None = None,  # (n_classes, D) of an earlier classifier
 ) -> TrainState:
     "Networks and optimisers at the start of a stage."
-    net = move_to_device(to_ghost_bn(net, config.samples_per_bn), device, config.channels_last)
+    net = move_to_device(to_ghost_bn(net, images_per_bn(config)), device, config.channels_last)
     rows = starting_classifier(net, data, config, generator(seed, stage, "classifier"), device, rows)
     model = ClassifierNet(net, rows).to(device)
     state = TrainState(model, make_ema(model, config.ema))

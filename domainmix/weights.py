@@ -209,7 +209,7 @@ def read_weights(
         remedy = "give none, builtin, imagenet, or the path of a .safetensors or .pth file"
         raise DomainMixError(f"no weights file {path}", remedy)
     if str(path).endswith(".safetensors"):
-        with own_file(path):
+        with own_file():
             return WeightsFile(load_weights(path), "", ())
     value = _load_pickled(path)
     keys = _path_to_tensors(value)
@@ -230,7 +230,7 @@ def weights_header(
     "The facts that `save_weights` put into the header of a .safetensors file; empty for any other file."
     if not str(path).endswith(".safetensors"):
         return {}
-    with own_file(path):
+    with own_file():
         return weights_metadata(path)
 
 # %% ../nbs/23_weights.ipynb #ec6d224a

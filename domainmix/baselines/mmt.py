@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backbone import ReIDNet
-from .clustering import Learner, PlainConfig, train_on_clusters
+from .clustering import Learner, PlainConfig, check_labeller_settings, train_on_clusters
 from ..batches import TrainSet
 from ..checkpoint import StageRun, weights_key
 from ..classifier import ClassifierNet, extra_losses, n_classifiers, sum_triplets, weigh_id_loss
@@ -47,6 +47,7 @@ class MMTConfig(PlainConfig):
 
     def checked(self) -> "MMTConfig":
         "The same settings; values that have no meaning are refused."
+        check_labeller_settings(self)
         for name in ("soft_id", "soft_triplet"):
             value = getattr(self, name)
             if not 0 <= value <= 1: raise DomainMixError(f"{name} is {value}", "give a share, 0 to 1")

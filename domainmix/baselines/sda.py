@@ -19,7 +19,9 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 from ..backbone import ReIDNet
-from .clustering import AveragedNet, cluster_classifier, embed_learners, PlainConfig, stage_parts
+from domainmix.baselines.clustering import (
+    AveragedNet, cluster_classifier, embed_learners, PlainConfig, check_labeller_settings, stage_parts,
+)
 from domainmix.baselines.translation import (
     check_spread, check_translation, discriminator_losses, generator_losses, identities_found, ImagePool,
     relation_loss, translation_spread, TranslationConfig, Translator,
@@ -52,6 +54,7 @@ class SDAConfig(PlainConfig):
 
     def checked(self) -> "SDAConfig":
         "The same settings; values that SDA cannot use are refused."
+        check_labeller_settings(self)
         if not self.ema:
             raise DomainMixError("ema is 0, but SDA's teacher is an averaged network",
                                  "give a number below 1, such as 0.999")
@@ -82,7 +85,8 @@ class TargetEncoder(AveragedNet):
         "New rows for the clusters of `data`, whose images have the `features` (N, D); a new optimiser."
         rows = cluster_classifier(self.net, data, self.config, features, rng, self.device)
         self.model = ClassifierNet(self.net, torch.cat([self.source.rows, rows])).to(self.device).train()
-        self.optimiser = adam(self.model, self.config.lr, self.config.weight_decay, self.config.fused)
+        c = self.config
+        self.optimiser = adam(self.model, c.lr, c.weight_decay, c.fused, c.amsgrad)
 
     def end_epoch(self) -> None:
         "Keep the rows of A."

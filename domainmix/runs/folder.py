@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..core import DomainMixError, fingerprint, has_flag, to_dict, to_jsonable
-from ..files import load_dict, load_json, save_json, unfinished_files
+from ..files import load_dict, load_json, load_jsonl, save_json, unfinished_files
 from ..distributed import call_on_rank0
 from ..schedule import length_obstacle
 from ..checkpoint import FINISHED_CHECKPOINT, extend_checkpoint, remove_checkpoints, setting_differences
@@ -86,14 +86,23 @@ def _other_length(stage: Stage) -> int | None:
     same = same_length == to_dict(stage.settings) and manifest.get("after") == depends_on
     return there["epochs"] if same and there["epochs"] != training.epochs else None
 
+# %% ../../nbs/runs/02_folder.ipynb #4dae5b75
+def _epochs_done(stage: Stage, planned: int) -> int:
+    "How many epochs of the stage in the folder are done: those in its log, all that were planned if it is finished."
+    if load_dict(stage.folder/"stage.json").get("finished"): return planned
+    log = stage.folder/"log.jsonl"
+    return len(load_jsonl(log)) if log.is_file() else 0
+
 # %% ../../nbs/runs/02_folder.ipynb #bc65f0c0
 def continuation(stage: Stage) -> Continuation | None:
     "How `stage` goes on from what is in its folder; None if it differs by more than the number of epochs."
-    done = _other_length(stage)
-    if done is None: return None
+    planned = _other_length(stage)
+    if planned is None: return None
+    done = _epochs_done(stage, planned)
     has_state = any((stage.folder/name).is_file() for name in (FINISHED_CHECKPOINT, "last.ckpt"))
     reason = length_obstacle(_training(stage))
     if done > _training(stage).epochs: reason = f"it has {done} epochs, more than {_training(stage).epochs}"
+    elif not reason and not done: reason = "it was stopped in its first epoch"
     elif not reason and not has_state:
         reason = "its state was not kept, by an earlier version or because keep_state was off"
     return Continuation(done, reason)
@@ -106,7 +115,8 @@ def _go_on(stage: Stage) -> bool:
     done = 0 if found.obstacle else extend_checkpoint(stage.folder, _training(stage).epochs)
     if not done:
         reason = found.obstacle or "its state cannot be read"
-        tqdm.write(f"{stage.name} starts from the beginning, {found.epochs} epochs are done again: {reason}")
+        again = f", {found.epochs} epochs are done again" * bool(found.epochs)
+        tqdm.write(f"{stage.name} starts from the beginning{again}: {reason}")
         return False
     tqdm.write(f"{stage.name} goes on after {done} epochs")
     save_json(stage.folder/"stage.json", _manifest(stage))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LISTED_SCORES', 'LABEL_SCORES', 'SCORE_NAMES', 'LIVE_SUFFIX', 'RunRow', 'visible_files', 'read_epochs',
            'epoch_progress', 'damaged_lines', 'fill_table', 'fill_labels', 'fill_run', 'fill_stage', 'fill_row',
-           'read_run_row', 'list_runs', 'align_columns', 'size_text', 'progress_text', 'runs_text', 'find_run',
-           'outcome_settings', 'with_run_names', 'read_stage_scores', 'scores_by_stage', 'score_rows',
-           'add_last_stages', 'side_by_side', 'compare', 'compare_text', 'summary_writer', 'scalars', 'write_scalars',
+           'read_run_row', 'list_runs', 'size_text', 'progress_text', 'runs_text', 'find_run', 'outcome_settings',
+           'with_run_names', 'read_stage_scores', 'scores_by_stage', 'score_rows', 'add_last_stages', 'side_by_side',
+           'unread_sections', 'compare', 'compare_text', 'summary_writer', 'scalars', 'write_scalars',
            'write_tensorboard', 'LiveTensorBoard']
 
 # %% ../../nbs/runs/06_history.ipynb #b8a98265
@@ -20,12 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core import DomainMixError, rank_and_size, to_dict
+import numpy as np
+
+from ..core import DomainMixError, from_dict, rank_and_size, to_dict
 from ..files import Log, load_dict, load_json, load_jsonl, lock_owner, wrap_read_errors
+from ..schedule import DomainConfig, turn_schedule
 from ..checkpoint import setting_differences
+from ..baselines.labellers import LABELLERS
 from .settings import METHODS, RESULT_NEUTRAL, RunConfig, check_choice, load_config
 from .pipeline import COLUMNS, SCORES
-from .tables import mean_and_std, paired_gains, percent_text
+from .tables import align_columns, mean_and_std, paired_gains, percent_text
 
 # %% ../../nbs/runs/06_history.ipynb #ed5f1679
 @dataclass
@@ -62,13 +66,19 @@ def read_epochs(log: Path) -> list[dict]:
     lines = load_jsonl(log) if log.is_file() else []
     return [r for r in lines if isinstance(r.get("epoch"), int)]
 
+# %% ../../nbs/runs/06_history.ipynb #c8d48619
+def _logged_epochs(settings: dict) -> int:
+    "The epochs of a training that its log reports: without the discriminator's, where its loss trains nothing."
+    if settings.get("loss") not in ("none", "reverse"): return settings["epochs"]
+    return len(np.unique(turn_schedule(from_dict(DomainConfig, settings)).epoch))
+
 # %% ../../nbs/runs/06_history.ipynb #de2a8903
 def epoch_progress(
     manifest: Path,              # a stage's stage.json
 ) -> tuple[int, int] | None:     # None: it has no epochs
     "How many epochs a stage has done, and how many it has in all."
     settings, log = load_dict(manifest).get("settings", {}), manifest.with_name("log.jsonl")
-    total = next((s["epochs"] for s in settings.values() if isinstance(s, dict) and "epochs" in s), None)
+    total = next((_logged_epochs(s) for s in settings.values() if isinstance(s, dict) and "epochs" in s), None)
     return total and (len(read_epochs(log)), total)
 
 # %% ../../nbs/runs/06_history.ipynb #16f3b575
@@ -175,19 +185,6 @@ def list_runs(
     runs = Path(data)/"runs"
     if not runs.is_dir(): return []
     return [read_run_row(p) for p in sorted(runs.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-
-# %% ../../nbs/runs/06_history.ipynb #76e23ae6
-def align_columns(
-    body: list[list[str]],  # rows of cells; the first is the head
-    left: int,              # how many columns are aligned left; the others are numbers
-) -> str:
-    "Columns of equal width."
-    widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
-    lines = []
-    for line in body:
-        padded = [t.ljust(w) if i < left else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
 
 # %% ../../nbs/runs/06_history.ipynb #e51c369a
 def size_text(
@@ -342,10 +339,23 @@ def side_by_side(
     return [row for row in found if row]
 
 # %% ../../nbs/runs/06_history.ipynb #4e1f2588
-def _compared_settings(config: RunConfig, more: dict) -> dict:
-    "The settings by which two runs or tables are compared; for a table its methods and seeds."
-    replaced = ("method", "seed") if "methods" in more else ()
-    return {**outcome_settings(config, *replaced), **{k: more[k] for k in ("methods", "seeds") if k in more}}
+def unread_sections(config: RunConfig, more: dict) -> set[str]:
+    "The sections of settings that a run, or each run of a table, does not read: those of other methods and labellers."
+    used = [METHODS[m] for m in more.get("methods", (config.method,)) if m in METHODS]
+    special = {"qaconv": any(m.matcher for m in used), "rounds": any(m.rounds for m in used)}
+    read = {m.labeller or config.labeller for m in used} | {name for name, is_read in special.items() if is_read}
+    return {*LABELLERS, *special} - read
+
+# %% ../../nbs/runs/06_history.ipynb #d9008dc0
+def _compared_settings(*runs: tuple[RunConfig, dict]) -> list[dict]:
+    "The settings by which runs or tables are compared, without the sections that none of them reads."
+    unread = set.intersection(*(unread_sections(config, more) for config, more in runs))
+    found = []
+    for config, more in runs:
+        replaced = ("method", "seed") if "methods" in more else ()
+        own = {k: more[k] for k in ("methods", "seeds") if k in more}    # of a table
+        found.append(outcome_settings(config, *replaced, *unread) | own)
+    return found
 
 # %% ../../nbs/runs/06_history.ipynb #b5712b8c
 def _compared_inputs(one: dict, other: dict) -> list[dict]:
@@ -373,7 +383,7 @@ def compare(
     differences = lambda a, b: with_run_names(setting_differences(a, b), names)
     return {
         "names": names, "table": table,
-        "settings": differences(_compared_settings(one, more), _compared_settings(other, again)),
+        "settings": differences(*_compared_settings((one, more), (other, again))),
         "inputs": differences(*_compared_inputs(more, again)),
         "version": differences({"version": more.get("version")}, {"version": again.get("version")}),
         "scores": side_by_side(*rows),

@@ -19,13 +19,15 @@ from tqdm.auto import tqdm
 
 from ..core import DomainMixError, fingerprint, flag, rank_and_size
 from ..files import Log, load_json, locked, save_json, wrap_read_errors
+from ..baselines.clustering import check_labeller_settings
 from ..baselines.translation import check_translation
 from ..builtin import BUILTIN, builtin_file
 from ..distributed import call_on_rank0, init_distributed
 from ..pseudolabel import label_quality, load_labels
+from ..schedule import check_camera_ids
 from .ranges import Fault, raise_faults
 from domainmix.runs.settings import (
-    METHODS, RESULT_NEUTRAL, RunConfig, check_choice, run_folder, validate_config,
+    METHODS, RESULT_NEUTRAL, RunConfig, check_choice, dataset_specs, run_folder, validate_config,
 )
 from .inputs import Inputs, Split, read_inputs
 from .folder import LABEL_STAGES, Stage, config_record, prepare_run_folder, run_stage
@@ -434,12 +436,26 @@ def _mixed_size_faults(config: RunConfig, inputs: Inputs) -> list[Fault]:
     return faults
 
 # %% ../../nbs/runs/04_pipeline.ipynb #33108472
-def _sda_faults(config: RunConfig) -> list[Fault]:
-    "Settings that SDA cannot use, and images that it cannot translate."
-    if not _needs_stage1(config) or config.labeller != "sda": return []
-    try: check_translation(config.sda.checked().translation, config.height, config.width)
-    except DomainMixError as e: return [Fault(e.what, e.remedy)]
+def _labeller_faults(config: RunConfig) -> list[Fault]:
+    "Settings that the labeller cannot use, and images that SDA cannot translate."
+    if not _needs_stage1(config): return []
+    try:
+        if config.labeller == "plain": check_labeller_settings(config.plain)
+        if config.labeller == "mmt": config.mmt.checked()
+        if config.labeller == "sda":
+            check_translation(config.sda.checked().translation, config.height, config.width)
+    except DomainMixError as e: return [Fault(f"{config.labeller}: {e.what}", e.remedy)]
     return []
+
+# %% ../../nbs/runs/04_pipeline.ipynb #13b8d5d1
+def _batch_faults(config: RunConfig) -> list[Fault]:
+    "Stages whose batches by camera cannot be drawn with their settings."
+    method, n_real = METHODS[config.method], len(dataset_specs(config, "real"))
+    faults, domains = [], method.synthetic + n_real * (method.labels != "none")
+    for stage, count in (("pretrain", 1), ("stage2", domains), ("stage3", domains)):
+        try: check_camera_ids(getattr(config, stage), count)
+        except DomainMixError as e: faults.append(Fault(f"{stage}: {e.what}", e.remedy))
+    return faults
 
 # %% ../../nbs/runs/04_pipeline.ipynb #26102da0
 def size_faults(
@@ -450,8 +466,8 @@ def size_faults(
     "The settings for which the sets are too small."
     faults = _synthetic_size_faults(config, inputs)
     if inputs.real is not None:
-        faults += _real_size_faults(config, inputs) + _sda_faults(config)
-    if not labels_only: faults += _camera_faults(config, inputs) + _process_faults(config)
+        faults += _real_size_faults(config, inputs) + _labeller_faults(config)
+    if not labels_only: faults += _camera_faults(config, inputs) + _process_faults(config) + _batch_faults(config)
     if not faults and not labels_only: faults = _mixed_size_faults(config, inputs)
     return list(dict.fromkeys(faults))
 

@@ -25,7 +25,7 @@ from domainmix.runs.settings import (
 from .inputs import Inputs, read_inputs, same_files
 from .stages import feature_options, load_net
 from .presets import PAPER_DATASETS, dataset_spec
-from .tables import mean_and_std, paired_gains, percent_text, run_methods
+from .tables import align_columns, mean_and_std, paired_gains, percent_text, run_methods
 
 # %% ../../nbs/runs/07_places.ipynb #fbdfb9bd
 class PlaceTask(NamedTuple):
@@ -160,13 +160,6 @@ def _gain_text(gain: tuple[float, float | None] | None) -> str:
     if gain is None: return "-"
     return percent_text(gain, "+") + (" *" if gain[1] is not None and gain[0] > 2 * gain[1] else "")
 
-# %% ../../nbs/runs/07_places.ipynb #e98de6cd
-def _aligned(body: list[list[str]]) -> str:
-    "Lines of cells as text: the first column to the left, the others to the right."
-    widths = [max(map(len, column)) for column in zip(*body)]
-    return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths)))
-                     for line in body)
-
 # %% ../../nbs/runs/07_places.ipynb #9bdb3762
 def places_text(
     rows: list[dict],   # of `run_places`
@@ -187,4 +180,4 @@ def places_text(
     whose = {"choose": "for choosing", "report": "for reporting"}[part]
     over = f"mean ± standard deviation over {n} seeds; gains: mean ± standard error, * more than two standard errors"
     note = f"per cent, people {whose}; {over if n > 1 else 'one seed'}"
-    return f"{_aligned(table)}\n\n{_aligned(gains)}\n{note}"
+    return f"{align_columns(table, 1)}\n\n{align_columns(gains, 1)}\n{note}"

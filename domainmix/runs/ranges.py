@@ -48,7 +48,7 @@ TRAINING_RANGES = {
     "samples_per_bn": Range(2, 10**5), "ratio": COUNT, "momentum": SHARE, "soft_id": SHARE, "soft_triplet": SHARE,
     "cluster.k1": Range(2, 10**4), "cluster.k2": Range(1, 10**4), "cluster.eps": Range(0, 1, True, True),
     "cluster.eps_gap": BELOW_ONE, "cluster.min_samples": Range(1, 10**5), "cluster.n_clusters": Range(2, 10**6),
-    "dropout": BELOW_ONE, "eps_share": BELOW_ONE, "lambda_triplet": WEIGHT,
+    "dropout": BELOW_ONE, "eps_share": BELOW_ONE, "lambda_triplet": WEIGHT, "camera_ids": Range(0, 4096),
     "augment.flip": SHARE, "augment.erase": SHARE, "augment.pad": Range(0, 4096),
     "augment.erase_area": Range(0, 1, True), "augment.erase_aspect": Range(0, 1000, True),
     "match_bytes": Range(1, 10**11), "qaconv.iterations": Range(0, 10**6), "qaconv.body_lr": Range(0, 1000),

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['RESULT_NEUTRAL', 'PAPER_SETTINGS', 'TRAINING_SECTIONS', 'INHERITED', 'SMALL_STAGE1', 'SMALL_TRANSLATION',
            'SMALL_SETTINGS', 'MSMT17_TRAIN_IMAGES', 'FLIP_ONLY', 'MGN_SETTINGS', 'MUDEEP_SETTINGS',
-           'CANE_DUAL_SETTINGS', 'BACKBONE_SETTINGS', 'METHODS', 'DEFAULT_METHODS', 'ORDERED', 'MOST_STEPS',
-           'TINY_DOMAIN', 'TINY_TRANSLATION', 'TINY_SETTINGS', 'META_KEYS', 'InputConfig', 'RunConfig', 'run_folder',
-           'check_choice', 'backbone_settings', 'change_settings', 'configure', 'Method', 'check_run_name',
-           'dataset_specs', 'inherit_settings', 'setting_faults', 'starting_weights', 'validate_config', 'load_config']
+           'CANE_DUAL_SETTINGS', 'BACKBONE_SETTINGS', 'METHODS', 'DEFAULT_METHODS', 'DEFAULT_SEEDS', 'ORDERED',
+           'MOST_STEPS', 'TINY_DOMAIN', 'TINY_TRANSLATION', 'TINY_SETTINGS', 'META_KEYS', 'InputConfig', 'RunConfig',
+           'run_folder', 'check_choice', 'backbone_settings', 'change_settings', 'configure', 'Method',
+           'check_run_name', 'dataset_specs', 'inherit_settings', 'setting_faults', 'starting_weights',
+           'validate_config', 'load_config']
 
 # %% ../../nbs/runs/00_settings.ipynb #11d32f2f
 import difflib
@@ -56,13 +57,13 @@ class InputConfig:
     pattern: str | None = None    # regular expression with groups pid and camera, for names of files of folder: sets
     target_pattern: str | None = None  # the pattern of the target, if it is not that of --pattern
     skip_bad: bool = False        # leave unreadable images out, and count them
-    aspect: Literal["stretch", "letterbox"] = later_setting("stretch")  # letterbox: keep it, and fill the rest
+    aspect: Literal["stretch", "letterbox"] = later_setting("stretch")  # letterbox: keep height / width, fill the rest
     device: str = "auto"          # where to compute: auto, cpu, cuda, xpu or mps
     precision: str = "auto"       # number format of all stages; fp32, bf16 or auto: bf16 where the hardware supports it
     channels_last: Literal["auto", "on", "off"] = "auto"  # channels of a pixel side by side in memory; auto: on
     fused: Literal["auto", "on", "off"] = "auto"  # Adam in one pass over memory; auto: on where torch supports it
     data: str = "data"            # folder of runs/, of the world and of the decoded images
-    # keep what more epochs of a finished stage could continue from: with schedule step, about 3 times the weights
+    # after a stage with schedule step, keep its state for more epochs; about 3 times as large as the weights
     keep_state: bool = later_setting(True)
 
 # %% ../../nbs/runs/00_settings.ipynb #99b8a8f7
@@ -74,8 +75,8 @@ class RunConfig(InputConfig):
     # stage 1: SpCL, mutual mean-teaching, plain clustering, or structured domain adaptation
     labeller: Literal["spcl", "mmt", "plain", "sda"] = "spcl"
     start: Literal["stage0", "stage1"] = "stage0"       # the network that stage 2 starts from
-    # features to compare: after the BN neck (neck, as in the paper), before it (raw), or person: raw, but of two views
-    # the person alone counts more than the whole image
+    # which feature is compared: after the BN neck (neck, as in the paper), before it (raw), or person: raw, with more
+    # weight for the view of the person alone
     feature: FeatureKind = "neck"
     flip: bool = False       # evaluate on the mean feature of an image and its mirror image
     all_stages: bool = True  # evaluate the network of every stage, not only the last
@@ -271,6 +272,7 @@ METHODS = {
     "stage1-sda": Method("adapted", None, "stage 1 alone (SDA)", labeller="sda"),
 }
 DEFAULT_METHODS = ("only-a", "directmix-initial", "directmix", "control", "domainmix-db", "domainmix-kl", "labelled")
+DEFAULT_SEEDS = (0, 1, 2)   # of a table
 
 # %% ../../nbs/runs/00_settings.ipynb #ee2a26d4
 def check_run_name(name: str) -> str:
@@ -505,7 +507,7 @@ def load_config(
     finite: bool = True,         # refuse NaN and infinity here; False: `validate_config` lists them with other faults
 ) -> tuple[RunConfig, dict]:
     "The run that a file describes, and what the file holds besides settings."
-    with own_file(path): values = load_json(path)
+    with own_file(): values = load_json(path)
     if not isinstance(values, dict):
         raise DomainMixError(f"{path} contains no settings", 'write them as {"real": "folder:DIR", ...}')
     other = {} if backbone is None else {"backbone": backbone}

@@ -84,7 +84,7 @@ def load_net(
     if "backbone" not in header:
         if net is None: raise _no_architecture_error(path)
         return load_other_net(net, path)[0], None, None
-    with contextlib.nullcontext() if (path.parent/"stage.json").is_file() else own_file(path), wrap_read_errors(path):
+    with contextlib.nullcontext() if (path.parent/"stage.json").is_file() else own_file(), wrap_read_errors(path):
         size = _image_size(header)
         try:
             net, state = net or from_dict(BackboneConfig, header["backbone"]), load_weights(path)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHOD_PAIRS', 'DEMO', 'DEMO_SEEDS', 'SAME_AS_ONLY_A', 'WORLD_BUDGET', 'TABLE3_BUDGET', 'TABLE3_ROWS', 'TABLES',
            'SUMMARY_COLUMNS', 'SUMMARY_STYLE', 'mean_and_std', 'percent_text', 'paired_gains', 'mean_std_text',
-           'table_text', 'gains_text', 'table_row', 'run_methods', 'TableSpec', 'load_table', 'choose_rows',
-           'group_presets', 'run_table', 'summarise_presets', 'summary_text', 'summary_html']
+           'align_columns', 'table_text', 'gains_text', 'table_row', 'run_methods', 'TableSpec', 'load_table',
+           'choose_rows', 'group_presets', 'run_table', 'summarise_presets', 'summary_text', 'summary_html']
 
 # %% ../../nbs/runs/05_tables.ipynb #c3c1ed93
 import os
@@ -26,8 +26,8 @@ from ..schedule import DomainConfig
 from ..world import GAP
 from ..baselines.labellers import LABELLERS
 from domainmix.runs.settings import (
-    DEFAULT_METHODS, METHODS, RunConfig, check_choice, check_run_name, configure, inherit_settings, run_folder,
-    validate_config,
+    DEFAULT_METHODS, DEFAULT_SEEDS, METHODS, RunConfig, check_choice, check_run_name, configure, inherit_settings,
+    run_folder, validate_config,
 )
 from .ranges import raise_faults
 from domainmix.runs.presets import (
@@ -71,6 +71,19 @@ def mean_std_text(rows: list[dict], key: str) -> str:
     if found and key == "label_clusters": return f"{found[0]:.0f}"
     return percent_text(found)
 
+# %% ../../nbs/runs/05_tables.ipynb #76e23ae6
+def align_columns(
+    body: list[list[str]],  # rows of cells; the first is the head
+    left: int,              # how many columns are aligned left; the others are numbers
+) -> str:
+    "Columns of equal width."
+    widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
+    lines = []
+    for line in body:
+        padded = [t.ljust(w) if i < left else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
 # %% ../../nbs/runs/05_tables.ipynb #2ad2b726
 def table_text(
     rows: list[dict],  # as `run_methods` gives them
@@ -82,13 +95,9 @@ def table_text(
     for m in methods:
         mine = [r for r in rows if r["method"] == m]
         body.append([METHODS[m].title, *(mean_std_text(mine, k) for k in keys)])
-    widths = [max(len(line[i]) for line in body) for i in range(len(keys) + 1)]
-    lines = []
-    for title, *values in body:
-        lines.append("  ".join([title.ljust(widths[0]), *(v.rjust(w) for v, w in zip(values, widths[1:]))]))
     over = f"mean ± standard deviation over {n} seeds" if n > 1 else "one seed"
-    probe = "probe: how often A and B are told apart by their features, 50 is chance"
-    return "\n".join([*lines, f"per cent, {over}; {probe}"])
+    probe = "probe: how often a linear classifier names the domain of an image; with two domains, 50 is chance"
+    return f"{align_columns(body, 1)}\nper cent, {over}; {probe}"
 
 # %% ../../nbs/runs/05_tables.ipynb #6e014cf8
 METHOD_PAIRS = (
@@ -156,7 +165,7 @@ def _checked_inputs(configs: list[RunConfig], keep_going: bool) -> Inputs:
 def run_methods(
     base: RunConfig,                          # its method and seed are replaced
     methods: tuple = DEFAULT_METHODS,         # keys of `METHODS`
-    seeds: tuple = (0, 1, 2),
+    seeds: tuple = DEFAULT_SEEDS,
     update: bool = False,                     # redo the stages that a changed setting concerns
     fresh: bool = False,                      # delete what is there, and start again
     tell: Callable[[str], None] = tqdm.write, # called with a line of text for each finished row
@@ -262,15 +271,16 @@ def choose_rows(
     return replace(spec, presets=[p for p in spec.presets if p in chosen]) if chosen else spec
 
 # %% ../../nbs/runs/05_tables.ipynb #37d18910
-def _other_rows(file: Path, spec: TableSpec, chosen: TableSpec) -> list[dict]:
-    "The saved rows of a table whose presets are not chosen."
-    if chosen.presets == spec.presets or not file.is_file(): return []
-    others = set(spec.presets) - set(chosen.presets)
-    return [row for row in load_json(file) if isinstance(row, dict) and row.get("preset") in others]
+def _saved_rows(file: Path, spec: TableSpec) -> list[dict]:
+    "The rows of a table that an earlier call has written."
+    rows = load_json(file) if file.is_file() else []
+    return [row for row in rows if isinstance(row, dict) and row.get("preset") in spec.presets]
 
 # %% ../../nbs/runs/05_tables.ipynb #f296e910
-def _in_order(rows: list[dict], spec: TableSpec) -> list[dict]:
-    "The rows in the order of the table's presets, then of the seeds."
+def _join_rows(new: list[dict], saved: list[dict], spec: TableSpec) -> list[dict]:
+    "New rows, and saved ones of presets without new rows, in the order of the table's presets, then of the seeds."
+    done = {row["preset"] for row in new}
+    rows = [*new, *(row for row in saved if row["preset"] not in done)]
     return sorted(rows, key=lambda r: (spec.presets.index(r["preset"]), r.get("seed", 0)))
 
 # %% ../../nbs/runs/05_tables.ipynb #0877c3df
@@ -311,13 +321,13 @@ def run_table(
     data: str = "data",    # where data sets and runs lie
     update: bool = False,  # redo the stages that a changed setting concerns
     tell: Callable[[str], None] = tqdm.write,
-    only: Iterable[str] = (),   # do only these presets; saved rows of the others are kept
+    only: Iterable[str] = (),   # do only these presets; saved rows of a preset stay until it has new ones
     **changes,             # settings of every row, over those of the table: device="cpu"
 ) -> list[dict]:
     "Every preset with every seed, a row for each, with `error` if it failed; written to DATA/runs/NAME.json."
     chosen, file = choose_rows(spec, only), Path(data)/"runs"/f"{spec.name}.json"
-    (found, rows), kept = group_presets(chosen), _other_rows(file, spec, chosen)
-    def save(): save_json(file, _in_order(kept + rows, spec))
+    (found, rows), saved = group_presets(chosen), _saved_rows(file, spec)
+    def save(): save_json(file, _join_rows(rows, saved, spec))
     save()
     for (task, short), methods in found.items():
         try:
@@ -329,7 +339,7 @@ def run_table(
         save()
     for r in rows:
         if "error" in r: tell(_failure_text(r))
-    return _in_order(kept + rows, spec)
+    return _join_rows(rows, saved, spec)
 
 # %% ../../nbs/runs/05_tables.ipynb #32392b26
 def _preset_summary(name: str, rows: list[dict]) -> dict:
@@ -372,12 +382,7 @@ def summary_text(
         cells = _summary_cells(line)
         if line["failed"]: cells[2] += f", {line['failed']} failed"
         body.append(cells)
-    widths = [max(len(line[i]) for line in body) for i in range(len(SUMMARY_COLUMNS))]
-    lines = []
-    for line in body:
-        padded = [t.ljust(w) if i < 2 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))]
-        lines.append("  ".join(padded))
-    return "\n".join(lines)
+    return align_columns(body, 2)
 
 # %% ../../nbs/runs/05_tables.ipynb #d0512542
 SUMMARY_STYLE = (

@@ -284,6 +284,7 @@ def domain_curves(
     rows: Sequence[dict],  # one per epoch of stage 3, from `Results.probe_epochs`: epoch, domain_probe, d_accuracy
     title: str = "Who can tell the domains apart, epoch by epoch",
     ax=None,
+    chance: float = .5,    # 1 / number of domains
 ):
     "The accuracy of a linear probe and of the discriminator over the epochs of stage 3."
     keys = {"linear probe": "domain_probe", "discriminator": "d_accuracy"}
@@ -291,7 +292,7 @@ def domain_curves(
     known = {name: v for name, v in values.items() if any(x is not None for x in v)}
     if "linear probe" not in known:
         raise DomainMixError("no epoch has a domain probe", "give the rows of Results.probe_epochs")
-    figure = probe_curve(known, [r["epoch"] for r in rows], title=title, ax=ax)
+    figure = probe_curve(known, [r["epoch"] for r in rows], chance, title, ax)
     ax = figure.axes[0] if ax is None else ax
     for r in rows:
         if r["epoch"] and r.get("d_accuracy") is None:

@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['TEXT_COLOUR', 'BACKGROUND', 'GREY', 'LINE_COLOUR', 'OKABE_ITO', 'COLOUR_CYCLE', 'DOMAIN_COLOURS', 'FIXED_COLOURS',
-           'MARKERS', 'colours', 'png', 'encode_figure', 'panels', 'escape_text', 'is_number', 'style_axes']
+           'MARKERS', 'colours', 'png', 'encode_figure', 'panels', 'require_matplotlib', 'escape_text', 'is_number',
+           'style_axes']
 
 # %% ../../nbs/views/00_figures.ipynb #b84ce0e9
+import importlib.util
 import io
 from functools import lru_cache
 from typing import Any, Sequence
 
 import numpy as np
+
+from ..core import DomainMixError
 
 # %% ../../nbs/views/00_figures.ipynb #13d7253a
 TEXT_COLOUR, BACKGROUND, GREY, LINE_COLOUR = "#24292f", "#ffffff", "#868e96", "#dee2e6"
@@ -81,6 +85,16 @@ def panels(
     "An empty figure and its axes. Each figure function can draw into such axes with `ax=`."
     figure = _figure_class()(figsize=(width, height), layout="constrained", facecolor=BACKGROUND)
     return figure, figure.subplots(rows, columns, **subplots)
+
+# %% ../../nbs/views/00_figures.ipynb #9ecd5c17
+def require_matplotlib(
+    what: str,              # what needs it
+    alternative: str = "",  # what the user can do without it
+) -> None:
+    "Raise an error if matplotlib is not installed."
+    if importlib.util.find_spec("matplotlib") is not None: return
+    other = f", or {alternative}" if alternative else ""
+    raise DomainMixError(f"{what} needs matplotlib, which is not installed", f"pip install matplotlib{other}")
 
 # %% ../../nbs/views/00_figures.ipynb #5afe7001
 def escape_text(

@@ -7,7 +7,7 @@ __all__ = ['SPLIT_ROLES', 'EXAMPLE_SETTINGS', 'StageFolder', 'stage_folders', 'c
            'RunFolder', 'read_splits', 'read_features', 'network_features', 'network_pair_scores', 'compared_sides',
            'first_labelling_stage', 'run_labels', 'stage_scores', 'last_networks', 'run_log',
            'last_clustering_features', 'checkpoint_net', 'rerun_stage3', 'probe_stage3_epochs', 'Results', 'attention',
-           'domain_sample', 'split_rows', 'sample_features', 'domain_probes', 'example_run']
+           'domain_sample', 'split_rows', 'sample_features', 'domain_probes', 'probe_chance', 'example_run']
 
 # %% ../../nbs/views/04_results.ipynb #56aa9a49
 import shutil
@@ -31,7 +31,7 @@ from ..pseudolabel import PseudoLabels, load_labels
 from ..weights import weights_header
 from ..runs.folder import Stage
 from ..runs.history import find_run
-from ..runs.inputs import Inputs, Split, read_inputs, same_files
+from ..runs.inputs import Inputs, Split, pattern_of, read_inputs, same_files
 from ..runs.pipeline import plan_stages, run
 from domainmix.runs.settings import (
     METHODS, RunConfig, configure, dataset_specs, load_config, run_folder, validate_config,
@@ -155,8 +155,8 @@ def _read_role(
     "The images of one role, checked against the fingerprints of the run."
     if not getattr(r.config, role):
         raise DomainMixError(f"run {r.home.name} has no {role} set", "choose another split, or start a run with one")
-    is_folder = any(s.startswith("folder:") for s in dataset_specs(r.config, role))
-    config = r.config if is_folder else with_overrides(r.config, {"pattern": None})      # a pattern is for folders only
+    uses_pattern = any(pattern_of(role, r.config, s) for s in dataset_specs(r.config, role))
+    config = r.config if uses_pattern else with_overrides(r.config, {"pattern": None})    # it is for other sets
     try: inputs = read_inputs(config, (role,))
     except DomainMixError as e:
         raise DomainMixError(f"the {role} images of {r.home.name} cannot be read as the run read them: {e.what}",
@@ -468,6 +468,11 @@ def domain_probes(results: Results) -> dict[str, float]:
     "The accuracy of a linear probe of the domain, for each stage where it was measured."
     found = results.network_scores()
     return {s: found[s]["domain_probe"] for s in results.networks if found[s].get("domain_probe") is not None}
+
+# %% ../../nbs/views/04_results.ipynb #5c54eeea
+def probe_chance(config: RunConfig) -> float:
+    "The accuracy of a domain probe that guesses. The domains are A and each real set."
+    return 1 / (1 + len(dataset_specs(config, "real")))
 
 # %% ../../nbs/views/04_results.ipynb #4c1c87fd
 EXAMPLE_SETTINGS = {

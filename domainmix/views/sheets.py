@@ -205,7 +205,7 @@ def _members(
     cluster,  # which label
     most,     # how many images at most
 ):
-    "The images of one cluster, most common identity first; which have this identity; the number of people."
+    "The images of one cluster, most frequent identity first; which have this identity; the number of people."
     index = np.flatnonzero(label == cluster)
     if pid is None: return index[_evenly(len(index), most)], None, 0
     who, count = np.unique(pid[index], return_counts=True)
@@ -221,12 +221,12 @@ def noisiest_clusters(
     n: int = 5,           # how many labels
     min_images: int = 5,  # images in a cluster
 ) -> list[int]:
-    "The pseudo labels that mix people most: the smallest share of the most common identity."
+    "The pseudo labels that mix people most: the smallest share of the most frequent identity."
     label, pid = np.asarray(label), np.asarray(pid)
     names, size = np.unique(label[label >= 0], return_counts=True)
     n_pid = pid.max() + 2                                            # identities may be -1
     pair, count = np.unique((label.astype(np.int64) * n_pid + pid + 1)[label >= 0], return_counts=True)
-    largest = np.zeros(len(names), int)                              # images of the most common identity
+    largest = np.zeros(len(names), int)                              # images of the most frequent identity
     np.maximum.at(largest, np.searchsorted(names, pair // n_pid), count)
     order = np.lexsort((names, largest / size))
     return names[order[size[order] >= min_images]][:n].tolist()

@@ -191,7 +191,7 @@ def order_clusters(
     if by == "size" or pid is None: return np.argsort(-size, kind="stable")
     n_pid = pid.max() + 2                                   # identities may be -1
     pair, count = np.unique((before*n_pid + pid + 1)[before >= 0], return_counts=True)
-    largest = np.zeros(len(size))                           # images of the most common identity
+    largest = np.zeros(len(size))                           # images of the most frequent identity
     np.maximum.at(largest, pair//n_pid, count)
     return np.lexsort((-size, largest / size))
 
