@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .core import DomainMixError
+from .core import DomainMixError, generator
 from .world import BODY_PARTS
 from .body_parts import average_to_size, cut_out, load_parser, Parser
 from .norms import to_domain_bn
@@ -215,7 +215,8 @@ def _build_multi_head(config: BackboneConfig, seed: int) -> ReIDNet:
     "A network with several heads, with initial weights."
     _check_body_config(config)
     module, function = MULTI_HEAD[config.name]
-    with torch.random.fork_rng(devices=[]):   # layers draw weights when they are made; these are drawn again below
+    with torch.random.fork_rng(devices=[]):   # layers draw weights when they are made; convolutions do it again below
+        torch.default_generator.manual_seed(generator(seed, "heads").initial_seed())
         net = getattr(importlib.import_module(module), function)(config)
     _init_weights(net, seed)
     return net

@@ -199,9 +199,9 @@ def timm_body(
 @dataclass
 class BackboneConfig:
     "Which network, and its initial weights."
-    # architecture: small, resnet50[_ibn|_dualnorm], osnet[_ibn][_x0_25], mgn, mudeep, cane_dual or timm:NAME
+    # architecture: small, resnet50[_ibn|_dualnorm], osnet[_ibn][_x0_25], mgn, mudeep[_2017], cane_dual or timm:NAME
     name: str = "small"
-    width: int = 32          # small, mgn, mudeep and cane_dual: number of channels of the first stage
+    width: int = 32          # small, mgn, mudeep[_2017] and cane_dual: number of channels of the first stage
     stripes: int = 4         # horizontal stripes whose averages make the feature, without parts; 1: one global average
     ibn: bool = True         # small: instance and batch norm together (IBN) in the first three stages
     last_stride: int = 1     # small (its rows only) and resnet50: stride of the last stage
@@ -217,7 +217,7 @@ class BackboneConfig:
     snr_stripes: int = later_setting(4)
     # snr: the pairs of its loss: hardest in the normalised map, or random ones
     snr_pairs: Literal["hardest", "random"] = later_setting("hardest")
-    head_losses: Literal["sum", "mean"] = later_setting("sum")   # mgn, mudeep, cane_dual: sum or mean of their losses
+    head_losses: Literal["sum", "mean"] = later_setting("sum")   # mgn, mudeep[_2017], cane_dual: sum or mean of losses
 
 # %% ../nbs/22_bodies.ipynb #330b751c
 def _init_weights(net: nn.Module, seed: int, *whose) -> None:
@@ -270,6 +270,7 @@ def _check_snr_config(config: BackboneConfig) -> None:
 MULTI_HEAD = {   # name: module and function
     "mgn": ("domainmix.baselines.mgn", "mgn_net"),
     "mudeep": ("domainmix.baselines.mudeep", "mudeep_net"),
+    "mudeep_2017": ("domainmix.baselines.mudeep_2017", "mudeep_2017_net"),
     "cane_dual": ("domainmix.baselines.dual", "cane_dual_net"),
 }
 
@@ -287,7 +288,7 @@ def _check_multi_head(config: BackboneConfig) -> None:
         said = f"{name} takes whole images without parts, but view is {config.view!r} and parts is {config.parts}"
         raise DomainMixError(said, "set view to whole and parts to false")
     if config.stripes != 1:
-        said = f"{name} has stripes of its own, but stripes is {config.stripes}"
+        said = f"{name} has a pooling of its own, but stripes is {config.stripes}"
         raise DomainMixError(said, "set stripes to 1")
     if config.last_stride != 1:
         said = f"last_stride is {config.last_stride}, but the strides of {name} are fixed"

@@ -113,6 +113,10 @@ def _grouped_backward(
 # %% ../nbs/21_norms.ipynb #ac1aa7b7
 COMPILE_NORMS = "auto"   # compile ghost BN, domain BN and IBN: 'on', 'off', or 'auto', which is on for a GPU
 
+def _compiles(device: torch.device) -> bool:
+    "Are the functions compiled there?"
+    return COMPILE_NORMS == "on" or COMPILE_NORMS == "auto" and device.type in ("cuda", "xpu")
+
 # %% ../nbs/21_norms.ipynb #19a7e31d
 @functools.lru_cache(maxsize=64)
 def _compile_norm(f, *key):
@@ -143,8 +147,7 @@ class _GroupedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, groups, by_image, eps):
         on_cpu = x.device.type == "cpu"
-        ctx.groups, ctx.by_image = groups, by_image
-        ctx.compiled = COMPILE_NORMS == "on" or (COMPILE_NORMS == "auto" and x.device.type in ("cuda", "xpu"))
+        ctx.groups, ctx.by_image, ctx.compiled = groups, by_image, _compiles(x.device)
         arguments = (x, weight, bias, groups, by_image, eps, on_cpu)
         out, kept, mean, inv, *of_domain = _call_norm(_grouped_forward, ctx.compiled, *arguments)
         ctx.save_for_backward(kept, weight, mean, inv)
@@ -194,6 +197,63 @@ def _looped_backward(grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, gro
         d_bias[d] += d_b
     return d_x, d_weight, d_bias
 
+# %% ../nbs/21_norms.ipynb #2c78ed4a
+def _merge_groups(x: Tensor, groups: int, layout: torch.memory_format) -> Tensor:
+    "Each channel of each group as a channel: (B, C, ...) -> a copy (B / groups, groups * C, ...)."
+    parts = x.unflatten(0, (groups, -1)).transpose(0, 1)
+    size = len(parts), groups * x.shape[1], *x.shape[2:]
+    merged = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+    merged.unflatten(1, (groups, -1)).copy_(parts)
+    return merged
+
+def _split_groups(merged: Tensor, groups: int, out: Tensor) -> None:
+    "Copy merged groups back into a map (B, C, ...)."
+    out.unflatten(0, (groups, -1)).transpose(0, 1).copy_(merged.unflatten(1, (groups, -1)))
+
+# %% ../nbs/21_norms.ipynb #be710b3c
+class _MergedNorm(torch.autograd.Function):
+    "As `_GroupedNorm`, by torch's own kernels on merged groups; the parameters: instance norm, weights, biases."
+    @staticmethod
+    def forward(ctx, x, groups, half, eps, *parameters):
+        of_images, of_groups = parameters[:2 * bool(half)], parameters[2 * bool(half):]
+        ctx.layout, ctx.domains, ctx.eps = _layout_of(x), len(of_groups) // 2, eps
+        weights = torch.cat([p for p in of_groups for _ in range(groups)]).view(2, -1)
+        running, kept, out = torch.zeros_like(weights), [], torch.empty_like(x, memory_format=ctx.layout)
+        todo = [(slice(half, None), ctx.domains * groups, weights, running)]
+        if half:
+            todo.append((slice(half), len(x), torch.stack(of_images).repeat(1, len(x)), (None, None)))
+        for channels, n, (weight, bias), statistics in todo:
+            merged = _merge_groups(x[:, channels], n, ctx.layout)
+            y, *of_batch = torch.native_batch_norm(merged, weight, bias, *statistics, True, 1., eps)
+            _split_groups(y, n, out[:, channels])
+            kept += merged, weight, *of_batch
+        ctx.save_for_backward(*kept)
+        ctx.parts = [(channels, n) for channels, n, *_ in todo]
+        of_domain = running.view(2, ctx.domains, groups, -1).mean(2).unbind()
+        ctx.mark_non_differentiable(*of_domain)
+        ctx.set_materialize_grads(False)
+        return out, *of_domain
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        return _merged_backward(ctx, grad)
+
+# %% ../nbs/21_norms.ipynb #52a3add0
+def _merged_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    "The gradients for `_MergedNorm`."
+    out, of_parameters = torch.empty_like(grad, memory_format=ctx.layout), []
+    for i, (channels, n) in enumerate(ctx.parts):        # those by group, then those by image
+        x, weight, mean, inv = ctx.saved_tensors[4 * i:4 * i + 4]
+        bn = x, weight, None, None, mean, inv, True, ctx.eps, (True, True, True)
+        g = _merge_groups(grad[:, channels], n, ctx.layout)
+        g, *of_groups = torch.ops.aten.native_batch_norm_backward(g, *bn)
+        _split_groups(g, n, out[:, channels])
+        domains = 1 if i else ctx.domains
+        rows = [row for v in of_groups for row in v.view(domains, n // domains, -1).sum(1).unbind()]
+        of_parameters = rows + of_parameters             # the instance norm's come first
+    return out, None, None, None, *of_parameters
+
 # %% ../nbs/21_norms.ipynb #f15b4fa8
 ORDINARY_BN = (nn.BatchNorm1d, nn.BatchNorm2d)   # what the conversions replace
 
@@ -223,6 +283,16 @@ def _update_domains(bns: list[_BatchNorm], mean: Tensor, var: Tensor) -> None:
     running = [bn.running_mean for bn in bns] + [bn.running_var for bn in bns]
     torch._foreach_lerp_(running, [*mean.unbind(), *var.unbind()], momenta.pop())
 
+# %% ../nbs/21_norms.ipynb #57478d7d
+def _stacked_parameters(bns: list[_BatchNorm], instance: InstanceNorm | None) -> tuple[Tensor, Tensor]:
+    "Weights and biases (n, C) of the BN of each domain, behind those of the instance norm, if there is one."
+    weight, bias = (getattr(bns[0], k)[None] if len(bns) == 1 else torch.stack([getattr(bn, k) for bn in bns])
+                    for k in ("weight", "bias"))
+    if instance is None:
+        return weight, bias
+    first = instance.weight.expand(len(bns), -1), instance.bias.expand(len(bns), -1)
+    return torch.cat([first[0], weight], 1), torch.cat([first[1], bias], 1)
+
 # %% ../nbs/21_norms.ipynb #19161475
 def grouped_norm(
     x: Tensor,                              # (B, C) or (B, C, H, W), equal parts of the domains, in order
@@ -231,17 +301,19 @@ def grouped_norm(
 ) -> Tensor:                                # of the shape of x
     "Normalise each group of each domain by itself, and update the running statistics."
     groups, eps = _n_groups(bns[0], len(x) // len(bns)), bns[0].eps
-    weight, bias = (getattr(bns[0], k)[None] if len(bns) == 1 else torch.stack([getattr(bn, k) for bn in bns])
-                    for k in ("weight", "bias"))
-    half = 0 if instance is None else instance.num_features
-    if half:
-        first = instance.weight.expand(len(bns), -1), instance.bias.expand(len(bns), -1)
-        weight, bias = torch.cat([first[0], weight], 1), torch.cat([first[1], bias], 1)
-    if x.device.type == "cpu" and not half and COMPILE_NORMS != "on" and not torch.compiler.is_compiling():
-        y, mean, var = _LoopedNorm.apply(x, weight, bias, groups, eps)
+    half, on_cpu = 0 if instance is None else instance.num_features, x.device.type == "cpu"
+    compiled = _compiles(x.device) or torch.compiler.is_compiling()
+    if not (compiled or on_cpu or x.device.type == "mps"):
+        whole = [instance.weight, instance.bias] if half else []
+        y, *of_domain = _MergedNorm.apply(x, groups, half, eps, *whole, *(b.weight for b in bns), *(b.bias for b in bns))
     else:
-        y, mean, var = _GroupedNorm.apply(x, weight, bias, groups, half, eps)
-    _update_domains(bns, mean[:, half:], var[:, half:])
+        weight, bias = _stacked_parameters(bns, instance)
+        if on_cpu and not half and not compiled:
+            y, *of_domain = _LoopedNorm.apply(x, weight, bias, groups, eps)
+        else:
+            y, *of_domain = _GroupedNorm.apply(x, weight, bias, groups, half, eps)
+        of_domain = [v[:, half:] for v in of_domain]
+    _update_domains(bns, *of_domain)
     return y
 
 # %% ../nbs/21_norms.ipynb #7ac4354f

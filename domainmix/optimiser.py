@@ -86,14 +86,11 @@ def warm_decay(
 def make_ema(
     net: nn.Module,  # the network that is trained
     decay: float,    # beta, such as 0.999; 0 means no average
-    warmup: bool = False,  # begin with smaller decays, as `warm_decay` says
 ) -> AveragedModel | None:
-    "An exponential moving average of the weights of `net`; call its `update_parameters(net)` after every step."
+    "An exponential moving average of the weights of `net`; call `update_ema` after every step."
     if not 0 <= decay < 1:
         raise DomainMixError(f"ema is {decay}", "give a number from 0 (off) to just below 1, such as 0.999")
-    if not decay: return None
-    def warm(old, new, step): torch._foreach_lerp_(old, new, 1 - warm_decay(int(step), decay))
-    return AveragedModel(net, multi_avg_fn=warm if warmup else get_ema_multi_avg_fn(decay)).eval()
+    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval() if decay else None
 
 # %% ../nbs/28_optimiser.ipynb #b90c1af0
 @torch.no_grad()
@@ -101,11 +98,15 @@ def update_ema(
     average: AveragedModel,  # of `make_ema`, changed in place
     net: nn.Module,          # the network that is trained
     decay: float,            # beta of `make_ema`
+    warmup: bool = False,    # begin with smaller decays, as `warm_decay` says
+    statistics: bool = True, # copy the statistics of the batch norms
 ) -> None:
     "Move an average towards the weights of `net`, and copy its statistics."
-    share = 1 - decay if average.n_averaged > 0 else 1.      # the first weights are copied
+    steps = int(average.n_averaged)      # it lies in the memory of the host
+    if warmup: decay = warm_decay(steps, decay)
+    share = 1 - decay if steps else 1.   # the first weights are copied
     torch._foreach_lerp_([*average.module.parameters()], [*net.parameters()], share)
     average.n_averaged += 1
-    pairs = [*zip(average.module.buffers(), net.buffers())]
+    pairs = [*zip(average.module.buffers(), net.buffers())] if statistics else []
     for dtype in {b.dtype for _, b in pairs}:      # one launch for each kind of number
         torch._foreach_copy_(*map(list, zip(*(pair for pair in pairs if pair[1].dtype == dtype))))

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from .backbone import ReIDNet
 from .batches import AugmentConfig, ImageStack, PKSampler, TrainSet, augment, augmentation_numbers
 from .checkpoint import StageRun, data_key, weights_key
-from .capture import StepRecorder, may_record
+from .capture import StepRecorder
+from .classifier import drop_extra_losses
 from domainmix.core import (
     DomainMixError, autocast, fingerprint, from_dict, generator, later_setting, pick_device, to_dict, widest_float,
 )
@@ -362,6 +363,7 @@ def contrast_step(
     optimiser.zero_grad()
     with mean_gradients(optimiser): loss.backward()
     optimiser.step()
+    drop_extra_losses(net)
     n_parts = len(union_batches.images)
     feature, row = (all_gather_rows(x, n_parts) for x in (feature.detach().float(), row))
     memory.update(feature, row, max_occurrences)
@@ -380,9 +382,8 @@ def train_epoch(
     "One epoch of steps."
     net.train()
     use_domain_bn(net, "halves" if union_batches.synthetic is not None else 1)
-    enabled = may_record(union_batches.config.capture, union_batches.device, [optimiser])
     step = functools.partial(contrast_step, net, memory, union_batches, optimiser)
-    do = StepRecorder(step, [net, memory, optimiser], union_batches.device, enabled)
+    do = StepRecorder(step, [net, memory, optimiser], union_batches.device, union_batches.config.capture)
     for rate, (image, row, occurrences) in zip(run.steps(lr), batches):
         terms = do(image, row, rate, max_occurrences=1 << (occurrences - 1).bit_length())
         run.add(len(image), **terms)

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .backbone import ReIDNet
 from .batches import augment, augmentation_numbers, ImageStack, told_domains, TrainSet
-from .capture import may_record, StepRecorder
+from .capture import StepRecorder
 from .checkpoint import data_key, StageRun, weights_key
 from domainmix.classifier import (
     ClassifierNet, classifier_dim, compile_net, extra_losses, initial_classifier, mean_features, n_classifiers,
@@ -252,9 +252,7 @@ def add_recorder(
 ) -> None:
     "Let the state record its steps, where that is possible."
     parts = [p for name, p in state.checkpoint_parts().items() if name != "average"]
-    optimisers = [p for p in parts if isinstance(p, torch.optim.Optimizer)]
-    enabled = may_record(config.capture, device, optimisers)
-    state.recorder = StepRecorder(partial(update_networks, state, config), parts, device, enabled)
+    state.recorder = StepRecorder(partial(update_networks, state, config), parts, device, config.capture)
 
 # %% ../nbs/40_training.ipynb #f52b91b5
 def train_step(
@@ -316,7 +314,7 @@ class SeenOnly:
 
     def passes(self, net: nn.Module, epoch: int, done: int = 0) -> Iterator[None]:
         "Each `next` passes a batch through the network; the first `done` batches of the epoch are left out."
-        streamed = self.images.device != self.device
+        streamed = self.images.device.type != self.device.type
         for image in load_batches(self.draws(epoch), self.load_batch, done, streamed):
             with torch.no_grad(), autocast(self.device, self.config.precision): net.train()(image)
             yield

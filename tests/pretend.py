@@ -289,14 +289,50 @@ class Recordable(TorchDispatchMode):
         return f(*args, **(kwargs or {}))
 
 
+def changes(f) -> list[int]:
+    "Which arguments of an operation it writes."
+    return [i for i, a in enumerate(f._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+
+class Tape(Recordable):
+    "Records the operations of a step with their tensors, as a CUDA graph does, and does them again without Python's part of the step."
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(f, types, args, kwargs)
+        self.calls.append((f, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        "Each operation again, on the tensors of the recording; what it gives goes where it went then."
+        with torch._C.DisableTorchFunction():      # what was recorded has been looked at
+            for f, args, kwargs, out in self.calls:
+                if f.is_view: continue             # of memory that stays
+                again = f(*args, **kwargs)
+                if changes(f): continue
+                for old, new in zip(list_all(out), list_all(again)): old.copy_(new)
+
+
+def list_all(value) -> list[Tensor]:
+    "The tensors that an operation gives."
+    return [value] if isinstance(value, Tensor) else [t for v in value for t in list_all(v)] if isinstance(value, (tuple, list)) else []
+
+
 def recorder(pretend):
-    "A recording that does the step again, and refuses what a CUDA graph cannot record."
-    def record(step):
+    """A recording that refuses what a CUDA graph cannot record. A replay runs no Python of the step: a number, a choice or a tensor of the
+    moment of recording stays for ever. (The step is done while it is recorded, which `first_replay` undoes.)"""
+    def record(step, device):
+        tape, pretend.local.recording = Tape(), True
+        try:
+            with tape: terms = step()
+        finally: pretend.local.recording = False
+
         def replay():
-            pretend.local.recording = True
-            try:
-                with Recordable(): return step()
-            finally: pretend.local.recording = False
+            tape.replay()
+            return terms
         return replay
     return record
 
@@ -351,7 +387,7 @@ def gpu(free: int = 2**36,                       # bytes of its memory; images t
     with contextlib.ExitStack() as inside:
         for where, changes in ((torch.cuda, pretended(free, capability)), (torch, dict(Generator=Stream, autocast=Autocast)),
                                (threading.Thread, dict(run=watched)), (StageSteps, dict(steps=counted)),
-                               (capture, dict(_on_side_stream=lambda step: step(), _record=recorder(mode))), (norms, dict(COMPILE_NORMS="off"))):
+                               (capture, dict(_on_side_stream=lambda step, device: step(), FAILURES=[], _record=recorder(mode))), (norms, dict(COMPILE_NORMS="off"))):
             for name, value in changes.items(): inside.enter_context(patch.object(where, name, value))
         for check in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):     # would ask the driver
             if hasattr(torch.optim.Optimizer, check): inside.enter_context(patch.object(torch.optim.Optimizer, check, lambda _: None))

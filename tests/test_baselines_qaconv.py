@@ -8,20 +8,22 @@ import pytest
 import torch
 
 from domainmix import inference
-from domainmix.baselines.qaconv import QAConvNet
+from domainmix.baselines.qaconv import build_matcher, QAConvNet
+from domainmix.bodies import BackboneConfig
 from domainmix.checkpoint import StageRun
 from domainmix.core import DomainMixError
 from domainmix.deploy import export
-from domainmix.files import Terminated, load_json, raise_on_sigterm, weights_metadata
+from domainmix.files import Terminated, load_json, load_jsonl, raise_on_sigterm, weights_metadata
 from domainmix.gallery import search
 from domainmix.runs.pipeline import run
-from domainmix.runs.settings import TINY_SETTINGS, configure
+from domainmix.runs.settings import TINY_SETTINGS, configure, setting_faults
 from domainmix.runs.stages import load_net
 from domainmix.runs.tables import run_methods
 from domainmix.views.results import Results
 
 VERSIONS = {"memory": {}, "masked": {"qaconv.mask_unseen": True, "qaconv.batches": "pk"},
-            "graph": {"qaconv": {"version": "2.1", "freeze_bn": "off"}}}
+            "graph": {"qaconv": {"version": "2.1", "freeze_bn": "off"}},
+            "snr": {"net": {"snr": True}}}
 
 
 def tiny(data, name, changes, **more):
@@ -42,8 +44,18 @@ def test_a_run_that_is_stopped_in_an_epoch_ends_with_the_same_scores(version, tm
         with pytest.raises(Terminated): run(tiny(tmp_path, "stopped", VERSIONS[version]))
     resumed = run(tiny(tmp_path, "stopped", VERSIONS[version]))
     assert len(steps) == 5 and resumed == whole
+    log = load_jsonl(tmp_path/"runs/stopped/stage2/log.jsonl")
+    assert all(line.get("snr", 0) > 0 for line in log) == (version == "snr")
     a, b = (load_net(tmp_path/"runs"/name/"stage2")[0].state_dict() for name in ("whole", "stopped"))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_style_normalisation_stands_in_a_matcher_and_only_where_it_has_stages():
+    net = build_matcher(BackboneConfig(width=8, snr=True), 32, 16)
+    assert [name for name, _ in net.body.named_children() if name.startswith("snr")] == ["snr1", "snr2", "snr3"]
+    assert net.grid == build_matcher(BackboneConfig(width=8), 32, 16).grid
+    faults = setting_faults(tiny("data", "x", {"net": {"snr": True, "snr_stages": (4,)}}))
+    assert ["first three stages" in f.what for f in faults] == [True]
 
 
 def test_the_file_says_that_it_is_a_matcher_and_what_needs_features_refuses_it(tmp_path):

@@ -77,6 +77,12 @@ def test_its_labels_and_features_are_those_of_every_labeller(whole, tmp_path):
     assert np.load(out).shape == (3, again.shape[1])
 
 
+def test_images_of_the_default_size(tmp_path):
+    "One step in each of two epochs, 64 x 32 pixels."
+    found = run(tiny(tmp_path, **{"height": 64, "width": 32, "world.height": 64, "world.width": 32, "sda.iterations": 1}))
+    assert 0 < found["mAP"] < 1 and load_labels(tmp_path/"runs/tiny/stage1/labels.npz").before.max() == 9
+
+
 def test_dbscan_and_a_table(tmp_path):
     config = tiny(tmp_path, run="table", **{"sda.cluster.method": "dbscan", "sda.epochs": 1})
     [row] = run_methods(config, ("stage1-sda",), (0,))

@@ -177,21 +177,35 @@ def page(nb):
     return "\n".join("".join(t) for t in told), [kind for o in outputs for kind in o.get("data", {})]
 
 
+def told_by(name, **parameters):
+    "A companion, run: all that it says, and the kinds of its outputs."
+    from execnb.nbio import dict2nb
+    from execnb.shell import CaptureShell
+    nb = dict2nb(json.loads(json.dumps(with_parameters(name, **parameters))))
+    for cell in nb.cells:
+        cell.outputs = []
+    CaptureShell(mpl_format=None).run_all(nb, exc_stop=True)
+    return page(nb)
+
+
 @pytest.mark.parametrize("name", COMPANIONS)
 @pytest.mark.parametrize("state", SAID)
 def test_companion_says_what_is_missing(runs, state, name):
     "Each runs to its end, shows what there is, and says the rest."
     if state == "done" and not os.environ.get("DOMAINMIX_SLOW"): pytest.skip("a longer test: DOMAINMIX_SLOW=1; the example's run is done too")
-    from execnb.nbio import dict2nb
-    from execnb.shell import CaptureShell
-    nb = dict2nb(json.loads(json.dumps(with_parameters(name, run=str(runs / state), data=str(runs.parent)))))
-    for cell in nb.cells:
-        cell.outputs = []
-    CaptureShell(mpl_format=None).run_all(nb, exc_stop=True)
-    text, kinds = page(nb)
+    text, kinds = told_by(name, run=str(runs / state), data=str(runs.parent))
     assert all(words in text for words in SAID[state].get(name, [])), text
     assert sum(k.startswith("image/") for k in kinds) >= (0 if state == "none" or (state, name) == ("begun", "91_noisy_clusters") else 1), kinds
     assert ("text/html" in kinds) == (name in SAID[state]), text       # nothing else is missing
+
+
+def test_retrieval_of_a_matcher(tmp_path):
+    "Its rankings are shown; it has no feature, so there are no maps of where it looks."
+    from domainmix.runs.settings import TINY_SETTINGS, configure
+    from domainmix.runs.pipeline import run
+    run(configure(TINY_SETTINGS, method="qaconv", target="world", run="pairs", data=str(tmp_path)))
+    text, kinds = told_by("94_retrieval", run="pairs", data=str(tmp_path))
+    assert "mAP" in text and "has no feature of one image" in text and any(k.startswith("image/") for k in kinds), text
 
 
 def test_papermill_runs_a_companion(runs, tmp_path):

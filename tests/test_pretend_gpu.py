@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from domainmix import training
+from domainmix.baselines.qaconv import build_matcher
+from domainmix.baselines.qaconv_scores import match_images
 from domainmix.bench.speed import (
     bench_features, bench_growth, bench_input, bench_ranking, bench_stage1, bench_step,
 )
 from domainmix.files import load_jsonl
 from domainmix.evaluation import rank
 from domainmix.knn import knn
+from domainmix.bodies import BackboneConfig
 from domainmix.checkpoint import StageRun
 from domainmix.inference import evaluate_model
 from domainmix.jaccard import jaccard_graph
@@ -24,6 +28,7 @@ from domainmix.runs.pipeline import run
 from domainmix.jaccard import RerankConfig
 from domainmix.runs.settings import TINY_SETTINGS, TRAINING_SECTIONS, configure
 from domainmix.spcl import update_memory
+from domainmix.world import toy_domain
 from pretend import Recordable, gpu, recorder
 
 
@@ -83,10 +88,10 @@ def test_what_cannot_be_recorded_is_refused():
         recorded = [lambda: x.argmax(1), lambda: x[i], lambda: torch.where(mask, x, -x), lambda: x.masked_fill(mask, 0.), lambda: x.sort(), lambda: (x * weight).sum().backward(),
                     lambda: torch.full((2,), 1., device="cuda"), lambda: torch.nn.functional.cross_entropy(x, i)]
         for call in refused:
-            with pytest.raises(RuntimeError, match="record"): recorder(pretend)(call)()
-        for call in recorded: recorder(pretend)(call)()
+            with pytest.raises(RuntimeError, match="record"): recorder(pretend)(call, None)()
+        for call in recorded: recorder(pretend)(call, None)()
         weight.grad = None
-        with pytest.raises(RuntimeError, match="record"): recorder(pretend)(lambda: (x @ weight).square()[i > 0].sum().backward())()      # in a backward pass too
+        with pytest.raises(RuntimeError, match="record"): recorder(pretend)(lambda: (x @ weight).square()[i > 0].sum().backward(), None)()      # in a backward pass too
 
 
 def test_what_depends_on_values_is_refused_in_a_backward_pass_too():
@@ -119,7 +124,7 @@ def test_stages_run_on_it_and_their_steps_wait_only_to_look_at_losses(case, tmp_
     maps = []
     look = lambda m, x: maps.append(m.weight.is_contiguous(memory_format=torch.channels_last) and x[0].is_contiguous(memory_format=torch.channels_last)) if isinstance(m, torch.nn.Conv2d) and not m.weight.is_meta else None
     with gpu(free=1000 if "host" in case else 2**36) as pretend, register_module_forward_pre_hook(look): result = run(config)
-    assert len(maps) > 1000 and all(maps)     # no convolution has to turn its map
+    assert len(maps) > 500 and all(maps)     # no convolution has to turn its map
     epochs = [line["epoch"] for line in load_jsonl(tmp_path/"runs/tiny/log.jsonl")]
     assert len(epochs) >= 2 and pretend.steps == 21*len(epochs)
     checks = {place: n for place, n in pretend.waits.items() if place.startswith("capture.py")}     # of each recording, once
@@ -153,6 +158,28 @@ def test_neighbours_and_ranks_are_those_of_the_cpu():
         assert abs(rank(on[:90], on[90:], *people).mAP - rank(x[:90], x[90:], *people).mAP) < 1e-9
 
 
+def test_scores_of_pairs_are_those_of_the_cpu_and_no_tile_is_larger_than_allowed():
+    "A tile is the largest tensor of a comparison: its responses, in 16 bits on a GPU."
+    net = build_matcher(BackboneConfig(width=8, stripes=1), 32, 16).eval()
+    for module in net.modules():      # the new head of a matcher gives every pair nearly the same score
+        if isinstance(module, torch.nn.BatchNorm1d): module.running_var.fill_(.01)
+    query, gallery = toy_domain(4, 2, size=(32, 16))[0], toy_domain(6, 2, size=(32, 16), seed=1)[0]
+    everything = torch.arange(len(query)), torch.arange(len(gallery))
+    expected, largest = match_images(net, query, gallery)(*everything), 0
+    pair = 2 * net.head.positions ** 2
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and "mm" in function.name(): largest = max(largest, out.numel() * 2)
+            return out
+    with gpu():
+        scores = match_images(net, query, gallery, "cuda", 2 * 9 * pair + 100)
+        with Sizes(): found = scores(*everything)
+    assert found.shape == (8, 12) and (found.cpu() - expected).abs().max() < .02 * expected.std() + .01
+    assert pair < largest <= 9 * pair + 50
+
+
 def test_a_model_is_evaluated_and_benchmarks_run_on_it(tmp_path):
     run(configure(TINY_SETTINGS, dict(target="world", run="tiny", method="only-a", data=str(tmp_path))))
     how = dict(data=str(tmp_path), centre_cameras=True, camera_norms=True, rerank=RerankConfig(k1=5, k2=2), flip=True)
@@ -173,12 +200,13 @@ def test_a_full_memory_says_what_to_lower_and_what_was_finished_is_kept(tmp_path
 
     def full(*args):
         steps.append(args)
-        if len(steps) > 10: raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if len(steps) > 8: raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return whole(*args)
     with gpu():
-        with patch.object(training, "backbone_loss", full): assert report_errors(lambda: run(config)) == 2       # in stage 2: stage 0 has six steps, stage 1 a loss of its own
+        with patch.object(training, "backbone_loss", full): assert report_errors(lambda: run(config)) == 2
+        # stage 0 calls it five times (three steps, a recording, its check), stage 1 has a loss of its own; in stage 2 it is the recording that fails
         said, home = capsys.readouterr().err, tmp_path/"runs/tiny"
-        assert "memory is full" in said and "Tried to allocate 2.00 GiB" in said and "stage2.p" in said and "Traceback" not in said
+        assert "without a CUDA graph: CUDA out of memory" in said and "memory is full" in said and "Tried to allocate 2.00 GiB" in said and "stage2.p" in said and "Traceback" not in said
         before = [(home/stage/"model.safetensors").stat().st_mtime_ns for stage in ("stage0", "stage1")]
         assert (home/"stage2/last.ckpt").is_file() and not (home/"stage2/model.safetensors").exists()            # its first epoch is kept too
         result = run(config)

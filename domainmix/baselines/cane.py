@@ -38,7 +38,7 @@ CANE_STAGE3 = {"domains": "camera", "head": "cane"}   # settings of stage 3 that
 CANE_RECIPE = {   # for `configure`, with the backbone resnet50
     "backbone": "resnet50", "method": "cane", "height": 384, "width": 128, "net": {"last_stride": 2},
     "feature": "raw", "flip": True,
-    "stage2": {"epochs": 60, "milestones": (40,), "lambda_id": 1., "augment": {"erase": 0.}},
+    "stage2": {"epochs": 60, "iterations": 510, "milestones": (40,), "lambda_id": 1., "augment": {"erase": 0.}},
     "stage3": {"feature": "raw", "lambda_id": 1., "augment": {"erase": 0.}},
 }
 

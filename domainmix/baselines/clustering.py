@@ -35,7 +35,7 @@ from ..kmeans import eps_from_distances
 from ..knn import camera_centre, unit_rows
 from ..loading import BatchLoader
 from ..norms import from_domain_bn, to_ghost_bn
-from ..optimiser import adam, make_ema, move_to_device
+from ..optimiser import adam, make_ema, move_to_device, update_ema
 from ..pseudolabel import ClusterConfig, Clusters
 from ..schedule import lr_schedule, set_lr, TrainConfig
 from ..spcl import adapt_key, epoch_label_log, RealLabels, UnionBatches, update_labels
@@ -83,7 +83,7 @@ class AveragedNet:
     def __init__(self, net: ReIDNet, config: PlainConfig, device: torch.device, images: Tensor | None = None):
         self.config, self.device = config, device
         self.net = move_to_device(to_ghost_bn(net, config.samples_per_bn), device, config.channels_last)
-        self.average = make_ema(self.net, config.ema, config.ema_warmup)
+        self.average = make_ema(self.net, config.ema)
         if config.compile and images is not None:             # a few images to compile with
             compile_net(self.net, images, device, config.channels_last)
 
@@ -94,13 +94,10 @@ class AveragedNet:
 
 # %% ../../nbs/baselines/00_clustering.ipynb #d4805a3f
 @torch.no_grad()
-def update_average(average: AveragedModel | None, net: nn.Module) -> None:
+def update_average(average: AveragedModel | None, net: nn.Module, config: PlainConfig) -> None:
     "Move the average, if there is one, towards `net`. In training mode it keeps its own batch-norm statistics."
-    if average is None: return
-    statistics = [b.clone() for b in average.module.buffers()] if average.training else []
-    average.update_parameters(net)
-    for buffer, value in zip(average.module.buffers(), statistics):
-        buffer.copy_(value)
+    if average is not None:
+        update_ema(average, net, config.ema, config.ema_warmup, statistics=not average.training)
 
 # %% ../../nbs/baselines/00_clustering.ipynb #292f44cd
 def cluster_classifier(
@@ -119,7 +116,7 @@ def cluster_classifier(
 # %% ../../nbs/baselines/00_clustering.ipynb #5ea5124e
 def average_of_epoch(classifier: nn.Module, average: AveragedModel | None, config: PlainConfig) -> AveragedModel | None:
     "The moving average of an epoch's new classifier; with a warm-up it counts the steps of all epochs, as `average`."
-    made = make_ema(classifier, config.ema, config.ema_warmup)
+    made = make_ema(classifier, config.ema)
     if made is not None and config.ema_warmup: made.n_averaged.copy_(average.n_averaged)
     return made
 
@@ -169,8 +166,8 @@ class Learner(AveragedNet):
         self.optimiser.zero_grad()
         with mean_gradients(self.optimiser): loss.backward()
         self.optimiser.step()
-        update_average(self.average, self.net)
-        update_average(self.average_classifier, self.model.classifier)
+        update_average(self.average, self.net, self.config)
+        update_average(self.average_classifier, self.model.classifier, self.config)
 
     @torch.no_grad()
     def teacher_outputs(self, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,8 +117,10 @@ def matcher_body(
     "A body without its last stage."
     if not config.name.startswith(MATCHER_BODIES):
         raise DomainMixError(f"QAConv has no body {config.name!r}", f"use the backbone {' or '.join(MATCHER_BODIES)}")
-    whole = replace(config, view="whole", parts=False, stripes=1)
-    body = build_backbone(whole, seed).body[:-1]
+    body = build_backbone(replace(config, view="whole", parts=False, stripes=1), seed).body
+    names = [name for name, _ in body.named_children()]
+    last = max(i for i, name in enumerate(names) if not name.startswith("snr"))    # with SNR, it may have one behind it
+    body = body[:last]
     return add_ibn_b(body) if version == "2.1" and config.name == "resnet50" else body
 
 # %% ../../nbs/baselines/04_qaconv.ipynb #ed9e2e71
@@ -136,7 +138,7 @@ def map_conv(
 # %% ../../nbs/baselines/04_qaconv.ipynb #4ea83187
 class QAConvNet(nn.Module):
     "Makes the map of an image, and compares the maps of two images."
-    layout = torch.channels_last
+    layout, views = torch.channels_last, 1
 
     def __init__(self, body: nn.Module, size: tuple[int, int], version: str = "1.0", seed: int = 0):
         super().__init__()         # body: (B, 3, H, W) -> (B, C, h, w); size: H and W of its images

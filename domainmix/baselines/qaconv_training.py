@@ -29,6 +29,7 @@ from domainmix.batches import (
     AugmentConfig, augmentation_numbers, flip_and_shift, IdentityIndex, PKSampler, sample_images, TrainSet,
 )
 from ..checkpoint import data_key, StageRun, weights_key
+from ..classifier import extra_losses
 from ..core import autocast, DomainMixError, flag, from_dict, generator, pick_device, rank_and_size, to_dict
 from ..images import MEAN, STD
 from ..loading import fetch_batch, load_batches, to_device_if_fits
@@ -306,12 +307,15 @@ def matching_loss(
     "The loss of a batch: with the class memory (1.0), or among its images (2.1)."
     net, memory, half = state.net, state.memory, state.match_bytes // 2
     with autocast(image.device, config.precision): maps = net(image)
+    terms = extra_losses(net, label)    # of SNR
     if memory is None:
         loss = pair_hinge_loss(net.score(maps, maps, half), label, config.margin)
-        return loss, dict(loss=loss), maps
-    scores = net.score(maps, memory.maps, half)
-    loss = focal_loss(scores, label, config.gamma, memory.seen if config.mask_unseen else None)
-    return loss, dict(loss=loss, accuracy=(scores.detach().argmax(1) == label).float().mean()), maps
+    else:
+        scores = net.score(maps, memory.maps, half)
+        loss = focal_loss(scores, label, config.gamma, memory.seen if config.mask_unseen else None)
+        terms["accuracy"] = (scores.detach().argmax(1) == label).float().mean()
+    loss = loss + sum(v for name, v in terms.items() if name != "accuracy")
+    return loss, dict(loss=loss, **terms), maps
 
 # %% ../../nbs/baselines/05_qaconv_training.ipynb #128a4948
 def matching_step(
@@ -381,7 +385,7 @@ class MatchBatches:
         rng = self.rng(epoch, "augment", device=self.device)
         rows = draw_batches(self.data, self.index, self.config, graph, self.rng(epoch, "batches"))
         draws = ((part, augmentation_numbers(len(part), rng), more_numbers(len(part), rng)) for part in rows)
-        return load_batches(draws, self.load, done, self.images.device != self.device)
+        return load_batches(draws, self.load, done, self.images.device.type != self.device.type)
 
 # %% ../../nbs/baselines/05_qaconv_training.ipynb #71b6be1d
 def matching_epoch(

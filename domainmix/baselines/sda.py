@@ -28,7 +28,7 @@ from domainmix.baselines.translation import (
 )
 from ..batches import AugmentConfig, TrainSet
 from ..checkpoint import data_key, StageRun
-from ..classifier import ClassifierNet, initial_classifier
+from ..classifier import classifier_dim, ClassifierNet, initial_classifier
 from ..core import autocast, DomainMixError, from_dict, generator, pick_device, rank_and_size, to_dict
 from ..distributed import all_gather_rows, average_bn_stats, mean_gradients, process_rows
 from ..loading import BatchLoader
@@ -79,7 +79,7 @@ class TargetEncoder(AveragedNet):
     def __init__(self, net: ReIDNet, n_source: int, config: SDAConfig, device: torch.device, images: Tensor):
         super().__init__(net, config, device, images)
         self.average.requires_grad_(False)
-        self.source = SourceRows(n_source, net.feature_dim).to(device)
+        self.source = SourceRows(n_source, classifier_dim(net)).to(device)
 
     def start_epoch(self, data: TrainSet, features: Tensor, rng: torch.Generator) -> None:
         "New rows for the clusters of `data`, whose images have the `features` (N, D); a new optimiser."

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RESULT_NEUTRAL', 'PAPER_SETTINGS', 'TRAINING_SECTIONS', 'INHERITED', 'SMALL_STAGE1', 'SMALL_TRANSLATION',
-           'SMALL_SETTINGS', 'MSMT17_TRAIN_IMAGES', 'FLIP_ONLY', 'MGN_SETTINGS', 'MUDEEP_SETTINGS',
-           'CANE_DUAL_SETTINGS', 'BACKBONE_SETTINGS', 'METHODS', 'DEFAULT_METHODS', 'DEFAULT_SEEDS', 'ORDERED',
-           'MOST_STEPS', 'TINY_DOMAIN', 'TINY_TRANSLATION', 'TINY_SETTINGS', 'META_KEYS', 'InputConfig', 'RunConfig',
-           'run_folder', 'check_choice', 'backbone_settings', 'change_settings', 'configure', 'Method',
-           'check_run_name', 'dataset_specs', 'inherit_settings', 'setting_faults', 'starting_weights',
-           'validate_config', 'load_config']
+           'SMALL_SETTINGS', 'MSMT17_TRAIN_IMAGES', 'FLIP_ONLY', 'MGN_SETTINGS', 'MUDEEP_SETTINGS', 'ID_LOSS_ALONE',
+           'MUDEEP_2017_SETTINGS', 'CANE_DUAL_SETTINGS', 'BACKBONE_SETTINGS', 'METHODS', 'DEFAULT_METHODS',
+           'DEFAULT_SEEDS', 'ORDERED', 'MOST_STEPS', 'TINY_DOMAIN', 'TINY_TRANSLATION', 'TINY_SETTINGS', 'META_KEYS',
+           'InputConfig', 'RunConfig', 'run_folder', 'check_choice', 'backbone_settings', 'change_settings',
+           'configure', 'Method', 'check_run_name', 'dataset_specs', 'inherit_settings', 'setting_faults',
+           'starting_weights', 'validate_config', 'load_config']
 
 # %% ../../nbs/runs/00_settings.ipynb #11d32f2f
 import difflib
@@ -168,6 +168,10 @@ MGN_SETTINGS = _multi_head_settings(
 MUDEEP_SETTINGS = _multi_head_settings(
     "mudeep", {"p": 12, "k": 6, "margin": 1.0, "augment": {"erase": 0.5, "pad": 0}},
     {"epochs": 160, "milestones": (80,), "lr": 3.5e-4}, width=192)
+ID_LOSS_ALONE = {"lambda_id": 1.0, "lambda_triplet": 0.0}
+MUDEEP_2017_SETTINGS = {
+    **_paper_backbone("mudeep_2017", ibn=False, width=48, weights="none"), "feature": "raw",
+    "pretrain": ID_LOSS_ALONE, "stage2": ID_LOSS_ALONE, "stage3": {**ID_LOSS_ALONE, "feature": "raw"}}
 CANE_DUAL_SETTINGS = _multi_head_settings(
     "cane_dual", {"p": 16, "k": 4, "augment": {"erase": 0.0}}, {"epochs": 60, "milestones": (40,), "lr": 3.5e-4})
 CANE_DUAL_SETTINGS["stage3"]["domains"] = "camera"   # CaNE's head predicts the camera
@@ -184,6 +188,7 @@ BACKBONE_SETTINGS = {
     "osnet_ibn_x0_25": _paper_backbone("osnet_ibn_x0_25", weights="none"),
     "mgn": MGN_SETTINGS,
     "mudeep": MUDEEP_SETTINGS,
+    "mudeep_2017": MUDEEP_2017_SETTINGS,
     "cane_dual": CANE_DUAL_SETTINGS,
 }
 
@@ -420,8 +425,11 @@ def _caught(check: Callable, *arguments: Any) -> list[Fault]:
 
 # %% ../../nbs/runs/00_settings.ipynb #b1b41df5
 def _matcher_faults(config: RunConfig) -> list[Fault]:
-    "A backbone that cannot be a matcher's body."
-    if config.net.name.startswith(MATCHER_BODIES): return []
+    "A backbone that cannot be a matcher's body, or SNR only where the matcher has no stage."
+    if config.net.name.startswith(MATCHER_BODIES):
+        if not config.net.snr or set(config.net.snr_stages) - {4}: return []
+        return [Fault(f"{flag('net.snr_stages')} is 4, but a matcher has only the first three stages of its backbone",
+                      "name one of the first three")]
     return [Fault(f"{flag('method')} is {config.method}, and {flag('backbone')} is {config.net.name}",
                   f"choose the backbone {' or '.join(MATCHER_BODIES)}")]
 
