@@ -1,12 +1,15 @@
 """Does a device agree with the CPU, and with an oracle? Outputs and gradients, for benchmarks/gpu.py."""
 import traceback
+import warnings
 from copy import deepcopy
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import domainmix.norms
 from domainmix import losses
 from domainmix.backbone import build_backbone
 from domainmix.batches import AugmentConfig, TrainSet, augment
@@ -161,17 +164,30 @@ def norms(b, device):
     "Ghost and domain BN, and IBN, for 1 to 16 groups: beside the CPU, and beside torch's BN group by group."
     found, batch, channels = {}, 64, 16 if b.small else 64
     x, grad = noise(batch, channels, 8, 4) + 0.5, noise(batch, channels, 8, 4, seed=1)
-    cases = [(kind, groups, domains) for kind in ("bn", "ibn") for groups in (1, 2, 4, 8, 16) for domains in (1, 2)]
-    for kind, groups, domains in cases:
-        net = norm_net(kind, channels, batch // domains // groups, domains)
-        name = f"{kind}, {groups} groups, {domains} domains"
-        there = norm_case(net, x, grad, device, torch.float32)
-        oracle = norm_oracle(kind, net, x, grad, groups, domains)
-        found[name] = (furthest(norm_case(net, x, grad, "cpu", torch.float32), there), 1e-4)
-        found[f"{name}, oracle"] = (furthest(oracle, {k: there[k] for k in oracle}), 1e-4)
-        half = norm_case(net, x, grad, device, torch.bfloat16)
-        found[f"{name}, bf16, oracle"] = (furthest(oracle, {k: half[k] for k in oracle}), 0.05)
+    with patch.object(domainmix.norms, "COMPILE_NORMS", "off"): cases_of_norms(b, device, found, x, grad)
+    if b.gpu:      # each shape and type is compiled by itself, which takes seconds: two of them
+        with patch.object(domainmix.norms, "COMPILE_NORMS", "on"), warnings.catch_warnings():
+            warnings.filterwarnings("error", "torch.compile does not work")
+            compare_norm(found, "ibn", 4, 2, device, x, grad, "compiled, ")
     return found
+
+
+def cases_of_norms(b, device, found, x, grad):
+    "All numbers of groups and domains, by torch's own kernels."
+    cases = [(kind, groups, domains) for kind in ("bn", "ibn") for groups in (1, 2, 4, 8, 16) for domains in (1, 2)]
+    for kind, groups, domains in cases: compare_norm(found, kind, groups, domains, device, x, grad)
+
+
+def compare_norm(found, kind, groups, domains, device, x, grad, how=""):
+    "One kind of norm: beside the CPU, and beside the oracle in fp32 and bf16."
+    net = norm_net(kind, x.shape[1], len(x) // domains // groups, domains)
+    name = f"{how}{kind}, {groups} groups, {domains} domains"
+    there = norm_case(net, x, grad, device, torch.float32)
+    oracle = norm_oracle(kind, net, x, grad, groups, domains)
+    found[name] = (furthest(norm_case(net, x, grad, "cpu", torch.float32), there), 1e-4)
+    found[f"{name}, oracle"] = (furthest(oracle, {k: there[k] for k in oracle}), 1e-4)
+    half = norm_case(net, x, grad, device, torch.bfloat16)
+    found[f"{name}, bf16, oracle"] = (furthest(oracle, {k: half[k] for k in oracle}), 0.05)
 
 
 # ---- augmentation, networks, whole steps
@@ -208,7 +224,7 @@ def training(b, device):
             "losses of steps, bf16": (off(cpu, history(device, "bf16")), 0.03)}
 
 
-CHECKS = (neighbours, same_clusters, ranking, all_losses, memory_bank, norms, augmentation, network, training)
+CHECKS = (neighbours, same_clusters, ranking, all_losses, memory_bank, augmentation, network, training, norms)
 
 
 def agreement(b):

@@ -12,23 +12,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from domainmix import spcl
+from domainmix import norms, spcl
 from domainmix.backbone import build_backbone
 from domainmix.batches import TrainSet
 from domainmix.bench.speed import compile_stage1, neighbour_recall
 from domainmix.bench.training import bench_input, bench_step, measure
 from domainmix.bodies import BackboneConfig
+from domainmix.capture import WARM_UP
 from domainmix.checkpoint import StageRun, StageSteps
-from domainmix.core import generator, pick_device
+from domainmix.core import fingerprint, generator, pick_device
 from domainmix.evaluation import rank
 from domainmix.files import save_json
+from domainmix.images import normalise
 from domainmix.jaccard import jaccard_graph
 from domainmix.knn import knn, toy_features, unit_rows
+from domainmix.loading import embed_images, to_device_if_fits
+from domainmix.norms import to_ghost_bn
+from domainmix.optimiser import move_to_device
 from domainmix.pseudolabel import ClusterConfig, Clusters, cluster_graph
 from domainmix.runs.settings import configure
 from domainmix.schedule import DomainConfig, TrainConfig
 from domainmix.spcl import SpCLConfig, adapt
-from domainmix.training import train
+from domainmix.training import make_train_state, train, train_step
 from domainmix.world import STYLES, draw_domain
 
 # As many identities and images as RandPerson and MSMT17 have; a feature as long as ResNet-50's.
@@ -280,6 +285,7 @@ def steps(b):
             for name in names: rows[name][mode] = found[name]
             b.keep(**{name: stage_row(row) for name, row in rows.items()})
     b.keep(plain=plain_step(b))
+    b.keep(alone=step_alone(b, net))
     found = ", ".join(f"{name} {row['best']['images_per_s']:,.0f}" for name, row in b.row.items() if "best" in row)
     off = [name for name, row in b.row.items() if row.get("losses_off", 0) > 0.02]
     if wrong: raise RuntimeError("; ".join(wrong))
@@ -293,6 +299,61 @@ def plain_step(b):
     backbone, classes = ("small", 50) if b.small else (b.args.backbone, 1000)
     where = dict(device=str(b.device), tell=print)
     return bench_step(s.batch, backbone, s.height, s.width, classes, ways, s.rounds, **where)["ways"]
+
+
+def step_alone(b, net):
+    "A recorded step of stage 2 in bf16 on a batch that stays on the GPU: no input, no augmentation."
+    s, on_gpu = b.sizes, b.gpu
+    config = TrainConfig(p=s.batch // 4, k=4, precision="bf16" if on_gpu else "auto", capture="on" if on_gpu else "auto")
+    label = torch.arange(s.batch // 4).repeat_interleave(4)
+    data = TrainSet(noise_images(b, s.batch), label, label % 4, label % 2)
+    state = make_train_state(net, data, config, 0, "alone", b.device, torch.zeros(data.n_classes, net.feature_dim))
+    image = normalise(data.images).contiguous(memory_format=torch.channels_last)
+    batch = image, label.to(b.device), data.domain.to(b.device)
+
+    def some(n):
+        for _ in range(n): train_step(state, batch, False, 1e-6, 1., config)
+        b.wait()
+    some(WARM_UP + 2)                                          # the last of these are recorded
+    _, cost = measure(lambda: some(5 * s.rounds))
+    milliseconds = cost["seconds"] / (5 * s.rounds) * 1e3
+    return dict(images_per_s=s.batch / milliseconds * 1e3, milliseconds=milliseconds, recordings=len(state.recorder.recordings))
+
+
+# ---- what surrounds the steps of a stage
+
+def outside(b):
+    "Placing images, fingerprints, first features, and compiled norms: what a stage does before its first step."
+    s = b.sizes
+    n = min(s.rows[0], 4 * s.part)
+    images = torch.randint(0, 256, (n, 3, s.height, s.width), dtype=torch.uint8, generator=generator(0, "bench", "outside"))
+    found = dict(images=n, megabytes=images.numel() / 1e6)
+    found["fingerprint"] = measure(lambda: fingerprint(images))[1]
+    b.keep(**found)
+    placed, found["placing"] = measure(lambda: (to_device_if_fits(images, b.device), b.wait())[0])
+    b.keep(**found)
+    net = build_backbone(BackboneConfig("small" if b.small else b.args.backbone, width=8 if b.small else 32, stripes=1))
+    net = move_to_device(net.eval(), b.device)
+    embed = lambda: (embed_images(net, placed, b.device, precision="auto"), b.wait())
+    found["features, first"] = measure(embed)[1]               # with what is slow the first time
+    found["features"] = measure(embed)[1]
+    found["images_per_s"] = n / found["features"]["seconds"]
+    b.keep(**found)
+    if b.gpu: found["norm"] = compile_cost(b)
+    told = ", ".join(f"{name} {found[name]['seconds']:.2f} s" for name in ("fingerprint", "placing", "features"))
+    return found | dict(say=f"{n:,} images: {told}")
+
+
+def compile_cost(b):
+    "The first step of one ghost norm, and a later one: compiled, and by torch's own kernels."
+    x = torch.randn(2 * b.sizes.batch, 256, 64, 32, device=b.device, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    found = {}
+    for how in ("on", "off"):
+        net = to_ghost_bn(torch.nn.Sequential(torch.nn.BatchNorm2d(256)), 16).to(b.device).train()
+        step = lambda: (net(x.requires_grad_()).sum().backward(), b.wait())
+        with patch.object(norms, "COMPILE_NORMS", how):
+            found[how] = dict(first=measure(step)[1]["seconds"], later=min(measure(step)[1]["seconds"] for _ in range(5)))
+    return found
 
 
 # ---- clusters and evaluation
@@ -413,5 +474,5 @@ def schedule(b):
                 say="minutes: " + ", ".join(f"{name} {m:,.1f}" for name, m in minutes.items()))
 
 
-SECTIONS = dict(runs=runs, agreement=agreement, steps=steps, clusters=clusters, evaluation=evaluation, input=images,
-                schedule=schedule)
+SECTIONS = dict(runs=runs, agreement=agreement, steps=steps, clusters=clusters, outside=outside, evaluation=evaluation,
+                input=images, schedule=schedule)

@@ -23,7 +23,8 @@ from .world import BODY_PARTS
 from .body_parts import average_to_size, cut_out, load_parser, Parser
 from .norms import to_domain_bn
 from domainmix.bodies import (
-    _add_input_channels, _build_body, _check_body_config, _init_weights, BackboneConfig, BODIES, MULTI_HEAD, TokenBody,
+    _add_input_channels, _build_body, _check_body_config, _init_weights, BackboneConfig, BODIES, guard_convolutions,
+    MULTI_HEAD, TokenBody,
 )
 from .builtin import BUILTIN, builtin_file, check_builtin_fits
 from domainmix.weights import (
@@ -217,7 +218,7 @@ def _build_multi_head(config: BackboneConfig, seed: int) -> ReIDNet:
     module, function = MULTI_HEAD[config.name]
     with torch.random.fork_rng(devices=[]):   # layers draw weights when they are made; convolutions do it again below
         torch.default_generator.manual_seed(generator(seed, "heads").initial_seed())
-        net = getattr(importlib.import_module(module), function)(config)
+        net = guard_convolutions(getattr(importlib.import_module(module), function)(config))
     _init_weights(net, seed)
     return net
 

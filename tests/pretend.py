@@ -218,7 +218,9 @@ class Pretend(TorchFunctionMode):
     def refuse(self, f, name, args, kwargs, tensors, sides) -> None:
         "What a GPU cannot do with these tensors."
         if f in (Tensor.numpy, Tensor.__array__) and not kwargs.get("force"): raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
-        if all(sides) or getattr(self.local, "backward", False): return
+        if all(sides): return
+        if getattr(self.local, "recording", False) and not called_by("torch/optim"):     # a number of the host would stay as it is
+            raise RuntimeError(f"{name}: a recorded step uses a tensor of the host: {place()}")
         if name.split(".")[-1].startswith("_foreach_"): return self.refuse_each(f, name, args, kwargs)
         taken = {id(t) for t in taken_from_host(f, args, kwargs)}
         if any(not side and id(t) not in taken for t, side in zip(tensors, sides)):
@@ -244,10 +246,8 @@ class Pretend(TorchFunctionMode):
         if stream is not None and is_gpu(stream.device) != onto: raise RuntimeError(f"{name}: expected a generator on {GPU if onto else CPU}, got one on {stream.device}")
 
     def backward(self, f, args, kwargs, onto):
-        "What autograd does inside cannot be seen, and is believed."
-        self.local.backward = True
-        try: out = f(*args, **kwargs)
-        finally: self.local.backward = False
+        "What autograd does in C++ is believed; backward passes in Python are looked at."
+        with Sides() if onto else contextlib.nullcontext(): out = f(*args, **kwargs)
         return put(out) if onto else out
 
     def pinned(self, t: Tensor) -> Tensor:
@@ -275,6 +275,28 @@ class Pretend(TorchFunctionMode):
 
 
 ATEN = torch.ops.aten
+
+
+def is_from_python() -> bool:
+    "In a backward pass: does a function of Python call this operation, and not autograd itself?"
+    frame = sys._getframe(2)
+    while frame.f_code is not Pretend.backward.__code__:
+        if frame.f_code.co_filename != __file__ and "/torch/" not in frame.f_code.co_filename: return True
+        frame = frame.f_back
+    return False
+
+
+class Sides(TorchDispatchMode):
+    "In a backward pass: what comes from tensors of the GPU is there too, and in a pass of Python, which autograd calls, tensors of two sides do not meet."
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        tensors = list_tensors(args, kwargs or {})
+        onto = any(map(on_gpu, tensors))
+        if onto and any(t.dim() and not on_gpu(t) for t in tensors) and f.overloadpacket not in (ATEN.copy_, ATEN._to_copy) and is_from_python():
+            raise RuntimeError(f"{f} in a backward pass: Expected all tensors to be on the same device, but found cuda:0 and cpu")
+        out = f(*args, **(kwargs or {}))
+        return put(out) if onto else out
+
+
 DEPENDS_ON_DATA = {ATEN._local_scalar_dense, ATEN.item, ATEN.is_nonzero, ATEN.equal, ATEN.nonzero, ATEN.masked_select, ATEN.bincount,
                    ATEN._unique, ATEN._unique2, ATEN.unique_dim, ATEN.unique_consecutive, ATEN.repeat_interleave}
 MASKED = {ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_}

@@ -238,3 +238,27 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     ("```\na\n- b\n```", "```\na\n- b\n```")])
 def test_lists_are_read_as_in_jupyter(text, wanted):
     assert docs.indent_lists(text) == wanted
+
+
+def test_parameter_counts_of_other_systems():
+    "The table in docs/systems.md, counted."
+    import torch
+    from domainmix.backbone import build_backbone, n_parameters
+    from domainmix.baselines.qaconv import build_matcher
+    from domainmix.baselines.translation import PatchDiscriminator, StyleGenerator
+    from domainmix.bodies import BackboneConfig
+    from domainmix.discriminator import HEADS, Discriminator
+    rows = re.findall(r"^\| ([^|]+) \| ([\d,]+) \| ([\d,]+) \|([^|]*)\|$", (ROOT / "docs/systems.md").read_text(encoding="utf-8"), re.M)
+    def net(name, **settings): return build_backbone(BackboneConfig(name, stripes=1, **settings))
+    with torch.device("meta"):
+        made = {"SDA, each of two generators": StyleGenerator(), "SDA, each of two discriminators": PatchDiscriminator(),
+                "SNR in ResNet-50": net("resnet50", snr=True), "MGN": net("mgn", width=64), "MuDeep": net("mudeep", width=64),
+                "MuDeep of 2017": net("mudeep_2017", width=48), "CaNE-Dual": net("cane_dual", width=64), "OSNet-IBN": net("osnet_ibn"),
+                "CaNE, head for ten cameras": Discriminator(2048, 10, **HEADS["cane"]), "DualNorm in ResNet-50": net("resnet50_dualnorm", last_stride=2)}
+    made |= {f"QAConv {v}": build_matcher(BackboneConfig("resnet50"), 384, 128, v) for v in ("1.0", "2.1")}
+    assert {name for name, *_ in rows} == made.keys()
+    for name, here, published, why in rows:
+        assert f"{n_parameters(made[name]):,}" == here, name
+        differ = [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]{3,}\d", why)]
+        assert (here == published) == (not why.strip()), name
+        assert not differ or int(here.replace(",", "")) == int(published.replace(",", "")) + (differ[0] if len(differ) == 1 else differ[1] - differ[0]), name

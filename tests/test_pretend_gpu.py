@@ -84,7 +84,8 @@ def test_what_cannot_be_recorded_is_refused():
         weight = torch.ones(3, device="cuda", requires_grad=True)
         def put(value): x[mask] = value
         refused = [lambda: x[mask], lambda: x.nonzero(), lambda: i.unique(), lambda: i.bincount(), lambda: x.sum().item(), lambda: bool(mask.all()), lambda: put(x.flatten()),
-                   lambda: i.repeat_interleave(i), lambda: torch.equal(x, x), lambda: torch.ones(2).to("cuda"), lambda: x.cpu(), lambda: torch.tensor([1.], device="cuda")]
+                   lambda: i.repeat_interleave(i), lambda: torch.equal(x, x), lambda: torch.ones(2).to("cuda"), lambda: x.cpu(), lambda: torch.tensor([1.], device="cuda"),
+                   lambda: x * torch.tensor(2.), lambda: torch.where(mask, x, torch.tensor(0.))]
         recorded = [lambda: x.argmax(1), lambda: x[i], lambda: torch.where(mask, x, -x), lambda: x.masked_fill(mask, 0.), lambda: x.sort(), lambda: (x * weight).sum().backward(),
                     lambda: torch.full((2,), 1., device="cuda"), lambda: torch.nn.functional.cross_entropy(x, i)]
         for call in refused:
@@ -105,6 +106,39 @@ def test_what_depends_on_values_is_refused_in_a_backward_pass_too():
     for call in (lambda: Sparse.apply(x).sum().backward(), lambda: x.sum().item(), lambda: torch.ones(2)[mask], lambda: torch.equal(mask, mask)):
         with Recordable(), pytest.raises(RuntimeError, match="depends on values"): call()
     with Recordable(): (x * 2).sum().backward()
+
+
+def test_a_replay_runs_no_python_of_the_step():
+    "What is a number when a step is recorded stays so; what is a tensor is read again; a backward pass and dropout of a counter are replayed."
+    with gpu() as pretend:
+        weight, factor, python = torch.ones(3, device="cuda", requires_grad=True), torch.ones((), device="cuda"), [2.]
+        def step():
+            loss = (weight * factor * python[0]).sum()
+            weight.grad = None
+            loss.backward()
+            with torch.no_grad(): weight.sub_(weight.grad)
+            return dict(loss=loss.detach())
+        before = weight.detach().clone()
+        replay = recorder(pretend)(step, None)
+        with torch.no_grad(): weight.copy_(before)
+        python[0] = 100.
+        assert replay()["loss"] == 6 and weight.tolist() == [-1.] * 3
+        factor.fill_(3.)
+        assert replay()["loss"] == -18 and weight.tolist() == [-7.] * 3
+
+
+def test_a_backward_pass_of_the_package_is_looked_at():
+    class Mixed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient): return gradient * torch.full((3,), 2.)
+    with gpu():
+        x = torch.ones(3, device="cuda", requires_grad=True)
+        with pytest.raises(RuntimeError, match="same device"): Mixed.apply(x).sum().backward()
+    x = torch.ones(3, requires_grad=True)
+    Mixed.apply(x).sum().backward()
 
 
 CASES = {

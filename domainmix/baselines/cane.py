@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..backbone import ReIDNet
 from .clustering import SavedNumbers
 from ..batches import AugmentConfig, TrainSet, augmentation_numbers, told_domains
+from ..capture import tell_not_recorded
 from ..checkpoint import data_key, StageRun, weights_key
 from ..core import autocast, DomainMixError, from_dict, generator, pick_device, rank_and_size, to_dict
 from ..discriminator import Discriminator, HEADS
@@ -242,6 +243,7 @@ def start_rounds(
 ) -> Rounds:
     "A copy of the network with new heads, and everything that the actions need."
     camera = numbered_cameras(data)
+    tell_not_recorded(device, "CaNE in rounds")
     options = DomainConfig(p=2, k=2, domains="camera", augment=config.augment, channels_last=config.channels_last)
     rows = (data.label >= 0).nonzero()[:, 0].cpu()
     count = torch.bincount(camera[rows], minlength=int(camera.max()) + 1)

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..backbone import ReIDNet
 from ..batches import TrainSet
+from ..capture import tell_not_recorded
 from ..checkpoint import StageRun
 from domainmix.classifier import (
     class_parts, class_scores, ClassifierNet, compile_net, initial_classifier, mean_features,
@@ -82,6 +83,7 @@ class AveragedNet:
     "A network on the device, and the moving average of its weights if `config.ema` is set."
     def __init__(self, net: ReIDNet, config: PlainConfig, device: torch.device, images: Tensor | None = None):
         self.config, self.device = config, device
+        if config.capture != "off": tell_not_recorded(device, "stage 1")
         self.net = move_to_device(to_ghost_bn(net, config.samples_per_bn), device, config.channels_last)
         self.average = make_ema(self.net, config.ema)
         if config.compile and images is not None:             # a few images to compile with

@@ -28,6 +28,7 @@ from .qaconv_scores import match_images, MATCH_BYTES
 from domainmix.batches import (
     AugmentConfig, augmentation_numbers, flip_and_shift, IdentityIndex, PKSampler, sample_images, TrainSet,
 )
+from ..capture import tell_not_recorded
 from ..checkpoint import data_key, StageRun, weights_key
 from ..classifier import extra_losses
 from ..core import autocast, DomainMixError, flag, from_dict, generator, pick_device, rank_and_size, to_dict
@@ -289,6 +290,7 @@ def make_match_state(
     net: QAConvNet, config: QAConvConfig, n_classes: int, device: torch.device, match_bytes: int,
 ) -> MatchState:
     "Network, optimiser and memory at the start of a stage; the network is copied."
+    tell_not_recorded(device, "QAConv")
     net = move_to_device(deepcopy(net), device, config.channels_last)
     body = list(net.body.parameters())
     rest = [p for name, p in net.named_parameters() if not name.startswith("body.")]

@@ -425,13 +425,18 @@ def _caught(check: Callable, *arguments: Any) -> list[Fault]:
 
 # %% ../../nbs/runs/00_settings.ipynb #b1b41df5
 def _matcher_faults(config: RunConfig) -> list[Fault]:
-    "A backbone that cannot be a matcher's body, or SNR only where the matcher has no stage."
-    if config.net.name.startswith(MATCHER_BODIES):
-        if not config.net.snr or set(config.net.snr_stages) - {4}: return []
-        return [Fault(f"{flag('net.snr_stages')} is 4, but a matcher has only the first three stages of its backbone",
-                      "name one of the first three")]
-    return [Fault(f"{flag('method')} is {config.method}, and {flag('backbone')} is {config.net.name}",
-                  f"choose the backbone {' or '.join(MATCHER_BODIES)}")]
+    "A backbone that cannot be a matcher's body, SNR where the matcher has no stage, and SNR without pairs to compare."
+    if not config.net.name.startswith(MATCHER_BODIES):
+        return [Fault(f"{flag('method')} is {config.method}, and {flag('backbone')} is {config.net.name}",
+                      f"choose the backbone {' or '.join(MATCHER_BODIES)}")]
+    faults = []
+    if config.net.snr and not set(config.net.snr_stages) - {4}:
+        faults.append(Fault(f"{flag('net.snr_stages')} is 4, but a matcher has only the first three stages of its "
+                            "backbone", "name one of the first three"))
+    if config.net.snr and config.qaconv.resolved().batches == "shuffled":
+        faults.append(Fault(f"{flag('net.snr')} is on, and {flag('qaconv.batches')} is shuffled",
+                            "SNR needs several images of a person in a batch: set qaconv.batches to pk"))
+    return faults
 
 # %% ../../nbs/runs/00_settings.ipynb #cca3c291
 def setting_faults(

@@ -195,6 +195,7 @@ DEMO = {
     "net": {"width": 16},
     "flip": False, "all_stages": False,
     "pretrain": {"epochs": 3, "iterations": 50}, **{name: {"epochs": 3, "iterations": 16} for name in LABELLERS},
+    "sda": {"epochs": 3, "iterations": 16, "translation": {"watch_after": 30}},    # of 48 steps
     "stage2": {"epochs": 2, "iterations": 30}, "stage3": {"epochs": 6, "iterations": 8},
 }
 DEMO_SEEDS = 2
