@@ -1632,6 +1632,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                  'domainmix.norms._make_synced_bn': ('norms.html#_make_synced_bn', 'domainmix/norms.py'),
                                  'domainmix.norms._merge_groups': ('norms.html#_merge_groups', 'domainmix/norms.py'),
                                  'domainmix.norms._merged_backward': ('norms.html#_merged_backward', 'domainmix/norms.py'),
+                                 'domainmix.norms._merges': ('norms.html#_merges', 'domainmix/norms.py'),
                                  'domainmix.norms._n_groups': ('norms.html#_n_groups', 'domainmix/norms.py'),
                                  'domainmix.norms._norm_group_by_group': ('norms.html#_norm_group_by_group', 'domainmix/norms.py'),
                                  'domainmix.norms._norm_parts': ('norms.html#_norm_parts', 'domainmix/norms.py'),

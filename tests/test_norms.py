@@ -73,10 +73,13 @@ CASES = [(kind, layout, domains, groups) for kind, layout in (("vectors", FIRST)
          for domains in (1, 2, 3) for groups in (1, 2, 4, 8, 16) if B // domains % groups == 0 and B // domains // groups > 1]
 
 
-@pytest.mark.parametrize("way", ["cpu", "operation", pytest.param("compiled", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+SLOW, HALF = pytest.mark.slow, torch.bfloat16
+
+
+@pytest.mark.parametrize("way, dtype", [("cpu", torch.float32), ("operation", torch.float32), ("cpu, large maps", HALF), pytest.param("compiled", torch.float32, marks=SLOW),
+                                        *(pytest.param(way, HALF, marks=SLOW) for way in ("cpu", "operation", "compiled"))], ids=str)
 def test_it_is_torchs_norm_group_by_group(way, dtype):
-    "On the CPU's path, on the path of a GPU, and on that path as a compiler sees it."
+    "On the CPU's paths, on the path of a GPU, and on that path as a compiler sees it."
     cases = CASES[::7] if way == "compiled" else CASES
     for kind, layout, domains, groups in cases:
         samples = B // domains // groups
@@ -86,6 +89,8 @@ def test_it_is_torchs_norm_group_by_group(way, dtype):
             warnings.filterwarnings("error", "torch.compile does not work")
             b = step(theirs, x, up, lambda x: torch_layer(x, theirs, domains, samples))
             if way == "cpu": a = step(ours, x, up)
+            elif way == "cpu, large maps":
+                with patch.object(norms, "LARGE_MAP", 1): a = step(ours, x, up)
             elif way == "compiled":
                 with patch.object(norms, "COMPILE_NORMS", "on"), patch.object(torch, "compile", eager_compile): a = step(ours, x, up)
             else:
