@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAILURES', 'LARGEST_DIFFERENCE', 'WARM_UP', 'MOST_RECORDINGS', 'why_not_recorded', 'may_record', 'tell_not_recorded',
            'static_input', 'Recording', 'state_tensors', 'restore_tensors', 'relative_difference', 'check_recording',
-           'make_capturable', 'record_step', 'StepRecorder', 'first_replay']
+           'make_capturable', 'record_step', 'StepRecorder', 'stop_recording', 'first_replay']
 
 # %% ../nbs/19_capture.ipynb #eef2572b
 import warnings
@@ -236,16 +236,17 @@ class StepRecorder:
         do = lambda: self.step(*inputs, **choices)
         return _on_side_stream(do, self.device) if self.enabled else do()
 
-    def give_up(self, reason: str) -> None:
-        "Record no more, and free the memory of all recordings; with `on`, an error."
-        self.enabled = False
-        self.recordings.clear()
-        FAILURES.append(reason)
-        if self.device.type == "cuda": torch.cuda.empty_cache()
-        if self.capture == "on":
-            raise DomainMixError(f"capture is 'on', but recording a training step failed: {reason}",
-                                 "set capture to auto or off")
-        warnings.warn(f"training goes on without a CUDA graph: {reason}")
+# %% ../nbs/19_capture.ipynb #4cbec66d
+def stop_recording(recorder: StepRecorder, reason: str) -> None:
+    "Record no more, and free the memory of all recordings; if the setting `capture` is `on`, an error."
+    recorder.enabled = False
+    recorder.recordings.clear()
+    FAILURES.append(reason)
+    if recorder.device.type == "cuda": torch.cuda.empty_cache()
+    if recorder.capture == "on":
+        raise DomainMixError(f"capture is 'on', but recording a training step failed: {reason}",
+                             "set capture to auto or off")
+    warnings.warn(f"training goes on without a CUDA graph: {reason}")
 
 # %% ../nbs/19_capture.ipynb #91ea4029
 def first_replay(
@@ -268,5 +269,5 @@ def first_replay(
         if not isinstance(error, (RuntimeError, DomainMixError)): raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     if reason is None: return terms
-    recorder.give_up(reason)
+    stop_recording(recorder, reason)
     return step()

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['class_parts', 'n_classifiers', 'classifier_dim', 'mean_features', 'initial_classifier', 'class_scores',
-           'mean_over_views', 'weigh_id_loss', 'sum_triplets', 'ClassifierNet', 'extra_losses', 'drop_extra_losses',
-           'compile_net']
+           'mean_over_views', 'weigh_id_loss', 'sum_triplets', 'ClassifierNet', 'extra_losses', 'compile_net']
 
 # %% ../nbs/39_classifier.ipynb #0ceaa87d
 import warnings
@@ -137,12 +136,6 @@ def extra_losses(
         if loss is not None:
             found[module.loss_name] = found.get(module.loss_name, 0) + loss / net.views
     return found
-
-# %% ../nbs/39_classifier.ipynb #1dfba579
-def drop_extra_losses(net: nn.Module) -> None:
-    "Free what modules of a network keep for `extra_losses`, after a step that does not use them."
-    for module in net.modules():
-        if hasattr(module, "extra_loss"): module.averages = None
 
 # %% ../nbs/39_classifier.ipynb #075f015e
 def compile_net(

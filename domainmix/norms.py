@@ -224,8 +224,7 @@ class _MergedNorm(torch.autograd.Function):
         weights = torch.cat([p for p in of_groups for _ in range(groups)]).view(2, -1)
         running, kept, out = torch.zeros_like(weights), [], torch.empty_like(x, memory_format=ctx.layout)
         todo = [(slice(half, None), ctx.domains * groups, weights, running)]
-        if half:
-            todo.append((slice(half), len(x), torch.stack(of_images).repeat(1, len(x)), (None, None)))
+        if half: todo.append((slice(half), len(x), torch.stack(of_images).repeat(1, len(x)), (None, None)))
         for channels, n, (weight, bias), statistics in todo:
             merged = _merge_groups(x[:, channels], n, ctx.layout)
             y, *of_batch = torch.native_batch_norm(merged, weight, bias, *statistics, True, 1., eps)
@@ -297,12 +296,10 @@ def _update_domains(bns: list[_BatchNorm], mean: Tensor, var: Tensor) -> None:
 # %% ../nbs/21_norms.ipynb #57478d7d
 def _stacked_parameters(bns: list[_BatchNorm], instance: InstanceNorm | None) -> tuple[Tensor, Tensor]:
     "Weights and biases (n, C) of the BN of each domain, behind those of the instance norm, if there is one."
-    weight, bias = (getattr(bns[0], k)[None] if len(bns) == 1 else torch.stack([getattr(bn, k) for bn in bns])
-                    for k in ("weight", "bias"))
-    if instance is None:
-        return weight, bias
-    first = instance.weight.expand(len(bns), -1), instance.bias.expand(len(bns), -1)
-    return torch.cat([first[0], weight], 1), torch.cat([first[1], bias], 1)
+    def stacked(k):
+        own = getattr(bns[0], k)[None] if len(bns) == 1 else torch.stack([getattr(bn, k) for bn in bns])
+        return own if instance is None else torch.cat([getattr(instance, k).expand(len(bns), -1), own], 1)
+    return stacked("weight"), stacked("bias")
 
 # %% ../nbs/21_norms.ipynb #19161475
 def grouped_norm(
@@ -316,7 +313,8 @@ def grouped_norm(
     compiled = _compiles(x) or torch.compiler.is_compiling()
     if not compiled and _merges(x, half):
         whole = [instance.weight, instance.bias] if half else []
-        y, *of_domain = _MergedNorm.apply(x, groups, half, eps, *whole, *(b.weight for b in bns), *(b.bias for b in bns))
+        own = *(b.weight for b in bns), *(b.bias for b in bns)
+        y, *of_domain = _MergedNorm.apply(x, groups, half, eps, *whole, *own)
     else:
         weight, bias = _stacked_parameters(bns, instance)
         if on_cpu and not half and not compiled:

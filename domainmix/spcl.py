@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SpCLSchedule', 'SpCLConfig', 'memory_scores', 'occurrence_index', 'update_memory', 'RealLabels', 'MemoryBank',
            'full_batch', 'real_sampler', 'prepare_batch_norms', 'use_domain_bn', 'cluster_labels', 'update_labels',
-           'draw_union_batches', 'domain_losses', 'UnionBatches', 'init_memory', 'epoch_label_log', 'contrast_step',
-           'train_epoch', 'adapt_key', 'adapt']
+           'draw_union_batches', 'domain_losses', 'UnionBatches', 'init_memory', 'epoch_label_log', 'drop_extra_losses',
+           'contrast_step', 'train_epoch', 'adapt_key', 'adapt']
 
 # %% ../nbs/34_spcl.ipynb #fd9c4364
 import functools
@@ -25,7 +25,6 @@ from .backbone import ReIDNet
 from .batches import AugmentConfig, ImageStack, PKSampler, TrainSet, augment, augmentation_numbers
 from .checkpoint import StageRun, data_key, weights_key
 from .capture import StepRecorder
-from .classifier import drop_extra_losses
 from domainmix.core import (
     DomainMixError, autocast, fingerprint, from_dict, generator, later_setting, pick_device, to_dict, widest_float,
 )
@@ -343,6 +342,12 @@ def epoch_label_log(memory: RealLabels, truth: np.ndarray | None) -> dict:
     label = memory.label.cpu().numpy()
     line = dict(clusters=int(label.max()) + 1, outliers=float((label < 0).mean()), threshold=memory.threshold.item())
     return line if truth is None else line | label_quality(label, np.asarray(truth))
+
+# %% ../nbs/34_spcl.ipynb #30d8b6e6
+def drop_extra_losses(net: nn.Module) -> None:
+    "Free what modules of a network keep for losses of their own, after a step that does not use these losses."
+    for module in net.modules():
+        if hasattr(module, "extra_loss"): module.averages = None
 
 # %% ../nbs/34_spcl.ipynb #fc46d609
 def contrast_step(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAP_CHANNELS', 'MATCHER_VERSIONS', 'MATCHER_BODIES', 'best_responses', 'responses_in_parts', 'MatchHead',
-           'FoldedHead', 'fold_head', 'add_ibn_b', 'matcher_body', 'map_conv', 'QAConvNet', 'wrong_size_error',
-           'check_maps', 'build_matcher', 'load_matcher_state']
+           'FoldedHead', 'fold_head', 'add_ibn_b', 'check_matcher', 'matcher_body', 'map_conv', 'QAConvNet',
+           'wrong_size_error', 'check_maps', 'build_matcher', 'load_matcher_state']
 
 # %% ../../nbs/baselines/04_qaconv.ipynb #91b91ea9
 from dataclasses import replace
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backbone import _checked_images, build_backbone
 from ..bodies import BackboneConfig, dual_norm_block
-from ..core import DomainMixError, generator
+from ..core import DomainMixError, flag, generator
 from ..images import MEAN, STD
 from ..osnet import InstanceNorm
 from ..weights import _load_checked
@@ -108,6 +108,22 @@ def add_ibn_b(
     for stage in (body.layer1, body.layer2): dual_norm_block(stage[-1])
     return body
 
+# %% ../../nbs/baselines/04_qaconv.ipynb #08f61942
+def check_matcher(
+    config: BackboneConfig,
+    batches: str = "pk",   # how batches are drawn: shuffled, pk or graph
+) -> None:
+    "Raise an error for a backbone that cannot be a matcher's body, and for SNR without a stage or pairs to compare."
+    if not config.name.startswith(MATCHER_BODIES):
+        raise DomainMixError(f"QAConv cannot use the backbone {config.name}",
+                             f"choose the backbone {' or '.join(MATCHER_BODIES)}")
+    if config.snr and not set(config.snr_stages) - {4}:
+        raise DomainMixError(f"{flag('net.snr_stages')} is 4, but a matcher has only the first three stages of its "
+                             "backbone", "name one of the first three")
+    if config.snr and batches == "shuffled":
+        raise DomainMixError(f"{flag('net.snr')} is on, and {flag('qaconv.batches')} is shuffled",
+                             "SNR needs several images of a person in a batch: set qaconv.batches to pk")
+
 # %% ../../nbs/baselines/04_qaconv.ipynb #0eb07094
 def matcher_body(
     config: BackboneConfig,  # its name begins with small or resnet50; its settings of views and stripes are not used
@@ -115,8 +131,7 @@ def matcher_body(
     seed: int = 0,
 ) -> nn.Sequential:          # (B, 3, H, W) -> (B, C, h, w)
     "A body without its last stage."
-    if not config.name.startswith(MATCHER_BODIES):
-        raise DomainMixError(f"QAConv has no body {config.name!r}", f"use the backbone {' or '.join(MATCHER_BODIES)}")
+    check_matcher(config)
     body = build_backbone(replace(config, view="whole", parts=False, stripes=1), seed).body
     names = [name for name, _ in body.named_children()]
     last = max(i for i, name in enumerate(names) if not name.startswith("snr"))    # with SNR, it may have one behind it

@@ -33,7 +33,7 @@ from ..baselines.cane import CANE_STAGE3, RoundsConfig
 from ..baselines.labellers import LABELLERS
 from ..baselines.mmt import MMTConfig
 from ..baselines.clustering import PlainConfig
-from ..baselines.qaconv import MATCHER_BODIES
+from ..baselines.qaconv import check_matcher
 from ..baselines.qaconv_scores import MATCH_BYTES
 from ..baselines.qaconv_training import QAConvConfig
 from ..baselines.sda import SDAConfig
@@ -423,21 +423,6 @@ def _caught(check: Callable, *arguments: Any) -> list[Fault]:
     except DomainMixError as e: return [Fault(e.what, e.remedy)]
     return []
 
-# %% ../../nbs/runs/00_settings.ipynb #b1b41df5
-def _matcher_faults(config: RunConfig) -> list[Fault]:
-    "A backbone that cannot be a matcher's body, SNR where the matcher has no stage, and SNR without pairs to compare."
-    if not config.net.name.startswith(MATCHER_BODIES):
-        return [Fault(f"{flag('method')} is {config.method}, and {flag('backbone')} is {config.net.name}",
-                      f"choose the backbone {' or '.join(MATCHER_BODIES)}")]
-    faults = []
-    if config.net.snr and not set(config.net.snr_stages) - {4}:
-        faults.append(Fault(f"{flag('net.snr_stages')} is 4, but a matcher has only the first three stages of its "
-                            "backbone", "name one of the first three"))
-    if config.net.snr and config.qaconv.resolved().batches == "shuffled":
-        faults.append(Fault(f"{flag('net.snr')} is on, and {flag('qaconv.batches')} is shuffled",
-                            "SNR needs several images of a person in a batch: set qaconv.batches to pk"))
-    return faults
-
 # %% ../../nbs/runs/00_settings.ipynb #cca3c291
 def setting_faults(
     config: RunConfig,
@@ -453,7 +438,7 @@ def setting_faults(
     between = [*_order_faults(config), *_cluster_faults(config), *_length_faults(config), *_weights_faults(config)]
     named = " ".join(fault.what for fault in outside)     # a number that is wrong by itself is not reported twice
     faults += outside + [f for f in between if f.what.split(" is ")[0] not in named]
-    if method.matcher: faults += _matcher_faults(config)
+    if method.matcher: faults += _caught(lambda: check_matcher(config.net, config.qaconv.resolved().batches))
     if not outside: faults += _caught(_check_body_config, config.net) or _image_size_faults(config)
     return faults
 
