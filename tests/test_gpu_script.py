@@ -50,7 +50,7 @@ def test_all_of_it_in_miniature(tmp_path):
     found = load_json(out)
     assert list(found) == ["machine", "settings", *gpu.SHARES, "summary"] and found["summary"]["all_ok"]
     assert all(found[name]["status"] == "ok" and found[name]["seconds"] <= found[name]["limit_seconds"] + 1 for name in gpu.SHARES)
-    assert [line.split()[0] for line in said.splitlines()[:8]] == ["machine", *gpu.SHARES]        # a line for each
+    assert [line.split()[0] for line in said.splitlines()[:1 + len(gpu.SHARES)]] == ["machine", *gpu.SHARES]        # a line for each
     assert found["machine"]["software"]["torch"] == torch.__version__ and found["machine"]["cpu"]["name"]
     assert {"driver", "cuda", "cudnn"} <= found["machine"]["software"].keys()
     for name, how in (("small", "SIGKILL"), ("small-b", "SIGTERM")):

@@ -150,8 +150,8 @@ def systems_text(
     rows: list[dict],   # of `bench_systems`
 ) -> str:
     "The table as a terminal shows it."
-    head = "  system      image      parameters   GFLOP feature  matching   gallery     speed"
-    lines = [f"{cost_line(r)}{r['relative_speed']:>9.3f}" for r in rows]
-    note = (f"speed of the network alone, {rows[0]['system']}: 1; GFLOP: billion operations for an image; "
+    head = "  system      image      parameters   GFLOP feature  matching   gallery  images/s     speed"
+    lines = [f"{cost_line(r)}{r['images_per_second']:>10,.0f}{r['relative_speed']:>10.3f}" for r in rows]
+    note = (f"images/s and speed ({rows[0]['system']}: 1) of the network alone; GFLOP: billion operations for an image; "
             "matching: time and memory")
     return "\n".join(["systems", head, *lines, f"  {note}"])
