@@ -125,6 +125,21 @@ def test_a_preset_runs_to_its_end(name, data):
     check_finished(data/"runs"/name, stages)
 
 
+SYSTEMS_OF_TABLE_3 = {name: {"net": {"width": 8}} if name in ("mgn", "cane-dual") else {} for name in ("mgn", "cane", "cane-dual", "osnet-ibn", "snr", "qaconv")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS_OF_TABLE_3)
+def test_a_system_of_table_3_runs_to_its_end(system, data):
+    "With the preset's own settings, except for sizes and lengths."
+    name = f"paper-msmt-market-{system}"
+    short = {"qaconv": {"epochs": 2, "iterations": 2, "p": 4, "k": 2}, "height": 48, "width": 16, "all_stages": False}
+    settings = nested(preset_settings(name, data), BRIEF, SYSTEMS_OF_TABLE_3[system], short)
+    with gpu(): assert finish(write_settings(data, name, **settings), 5) >= 0
+    found = load_json(data/"runs"/name/"metrics.json")
+    assert 0 < found["mAP"] < 1
+
+
 OTHERS = ("osnet_x0_25", "osnet", "osnet_ibn_x0_25", "resnet50_dualnorm")   # of no paper preset: other norms and widths
 
 
