@@ -89,7 +89,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_network_and_can_be_used(tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MULTI_HEAD)
+@pytest.mark.parametrize("name", [*MULTI_HEAD, "osnet_ibn_x0_25", "resnet50_dualnorm"])
 def test_onnx_gives_the_same_features(tmp_path, name):
     net = narrow(name)
     config = BackboneConfig(name, width=8, stripes=1)
