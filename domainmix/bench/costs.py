@@ -152,6 +152,6 @@ def systems_text(
     "The table as a terminal shows it."
     head = "  system      image      parameters   GFLOP feature  matching   gallery  images/s     speed"
     lines = [f"{cost_line(r)}{r['images_per_second']:>10,.0f}{r['relative_speed']:>10.3f}" for r in rows]
-    note = (f"images/s and speed ({rows[0]['system']}: 1) of the network alone; GFLOP: billion operations for an image; "
-            "matching: time and memory")
+    note = (f"images/s and speed ({rows[0]['system']}: 1) of the network alone; GFLOP: billion operations for an "
+            "image; matching: time and memory")
     return "\n".join(["systems", head, *lines, f"  {note}"])
