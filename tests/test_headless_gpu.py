@@ -160,8 +160,9 @@ def test_a_backbone_with_several_heads_runs_to_its_end(backbone, data):
 
 @pytest.mark.slow
 def test_every_method_runs_to_its_end_in_a_table(data, capsys):
-    argv = write_settings(data, "methods", **TINY, methods=list(METHODS), seeds=[0], all_stages=False)
-    with gpu(): assert finish(argv, 17) == 3
+    own = {k: v for k, v in TINY_SETTINGS.items() if k.startswith(("qaconv", "rounds", "sda."))}
+    argv = write_settings(data, "methods", **TINY, **own, methods=list(METHODS), seeds=[0], all_stages=False)
+    with gpu(): assert finish(argv, 17) > 3
     rows = load_json(data/"runs/methods/table.json")
     assert [r["method"] for r in rows] == list(METHODS) and all(0 < r["mAP"] < 1 for r in rows)
     assert METHODS["domainmix-db"].title in capsys.readouterr().out
