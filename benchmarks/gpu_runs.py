@@ -49,7 +49,8 @@ class Forked:
 def start(b, config, log):
     "`python -m domainmix.pipeline --config CONFIG`."
     if b.small: return Forked(["--config", str(config)], log)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", "DOMAINMIX_COMPILE_NORMS": "off"}  # section steps
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    env["DOMAINMIX_COMPILE_NORMS"] = "off"        # compiling takes too long here; the section steps has compiled norms
     command = [sys.executable, "-X", "faulthandler", "-m", "domainmix.pipeline", "--config", str(config)]
     with open(log, "ab") as file: return subprocess.Popen(command, env=env, stdout=file, stderr=file, cwd=config.parent)
 

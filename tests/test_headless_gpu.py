@@ -119,7 +119,6 @@ def test_a_preset_runs_to_its_end(name, data):
     stages = ("stage0", "stage1") if name == "mmt-paper" else ("stage0", "stage1", "stage2", "stage3")
     with gpu() as pretend, warnings.catch_warnings():
         warnings.filterwarnings("error", "training goes on without a CUDA graph")
-        warnings.filterwarnings("ignore", "MMT: its")
         assert finish(write_settings(data, name, **settings), 5) == (2 if name == "mmt-paper" else 3)
     assert pretend.steps == (12 if name == "mmt-paper" else 16)      # none is lost, none done twice
     check_finished(data/"runs"/name, stages)
