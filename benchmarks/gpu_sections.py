@@ -5,6 +5,7 @@ import traceback
 import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partialmethod
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -252,20 +253,22 @@ def watch_stage(b, names, images, train_stage, changes):
         try: train_stage(lambda config: replace(config, **changes))
         except Enough: pass
     more = dict(whole_seconds=time.perf_counter() - began)
-    told = sorted({str(w.message)[:300] for w in said if "captur" in str(w.message) or "graph" in str(w.message)})
+    telling = ("captur", "graph", "compile")
+    told = sorted({str(w.message)[:300] for w in said if any(word in str(w.message) for word in telling)})
     if told: more["warnings"] = told
     return {name: row | dict(images_per_s=images / row["milliseconds"] * 1e3, losses=[float(x) for x in losses], **more)
             for name, row, losses in zip(names, watch.rows, watch.losses)}
 
 
 def stage_row(rows):
-    "The modes of a stage side by side, and the faster of them."
+    "The modes of a stage side by side, the fastest of them, and how far losses are from those of the first."
     good = {mode: row for mode, row in rows.items() if "images_per_s" in row}
     if not good: return rows
     name = max(good, key=lambda mode: good[mode]["images_per_s"])
     best = dict(mode=name, images_per_s=good[name]["images_per_s"], milliseconds=good[name]["milliseconds"])
     if len(good) < 2: return rows | dict(best=best)
-    off = max(abs(x - y) / max(abs(x), 1e-3) for x, y in zip(*(row["losses"] for row in good.values())))
+    first, *others = (row["losses"] for row in good.values())
+    off = max(abs(x - y) / max(abs(x), 1e-3) for losses in others for x, y in zip(first, losses))
     return rows | dict(best=best, losses_off=off)
 
 
@@ -291,6 +294,37 @@ def steps(b):
     if wrong: raise RuntimeError("; ".join(wrong))
     told = f"; captured losses differ: {', '.join(off)}" if off else ""
     return dict(modes=list(modes), agrees=not off, say=f"images/s: {found}{told}")
+
+
+def launch_ways(device):
+    "Name -> settings of a stage and the mode of torch.compile, if it is used: what may spare the GPU waiting for Python."
+    ways = {name: (changes, None) for name, changes in capture_modes(device).items()}
+    if len(ways) < 2: return ways
+    whole = dict(compile=True)
+    return ways | {"compiled": (whole | ways["eager"][0], "default"),
+                   "compiled and captured": (whole | ways["captured"][0], "default"),
+                   "reduce-overhead": (whole | ways["eager"][0], "reduce-overhead")}
+
+
+def choice(b):
+    "A step of stage 2 in each of the `launch_ways`: is what the setting `capture` chooses by itself the fastest?"
+    net = build_backbone(BackboneConfig("small" if b.small else b.args.backbone, width=8 if b.small else 32, stripes=1))
+    names, (images, call) = list(stage_calls(b, step_data(b), net).items())[1]
+    for way, (changes, mode) in launch_ways(b.device).items():
+        if b.gpu: torch.cuda.empty_cache()
+        torch.compiler.reset()                             # each way compiles for itself
+        by_mode = partialmethod(torch.nn.Module.compile, mode=mode)
+        with patch.object(torch.nn.Module, "compile", by_mode):
+            try: row = watch_stage(b, names, images, call, changes)[names[0]]
+            except Exception as error:
+                traceback.print_exc()
+                row = dict(error=f"{type(error).__name__}: {error}"[:1000])
+        b.keep(**{way: row})
+    told = ", ".join(f"{way} {row['images_per_s']:,.0f}" for way, row in b.row.items() if "images_per_s" in row)
+    wrong = [f"{way}: {row['error']}" for way, row in b.row.items() if "error" in row]
+    if wrong: raise RuntimeError("; ".join(wrong))
+    row = stage_row(b.row)
+    return row | dict(agrees=row.get("losses_off", 0) <= 0.02, say=f"images/s: {told}")
 
 
 def plain_step(b):
@@ -330,7 +364,9 @@ def outside(b):
     found = dict(images=n, megabytes=images.numel() / 1e6)
     found["fingerprint"] = measure(lambda: fingerprint(images))[1]
     b.keep(**found)
-    placed, found["placing"] = measure(lambda: (to_device_if_fits(images, b.device), b.wait())[0])
+    place = lambda: (to_device_if_fits(images, b.device), b.wait())[0]
+    placed, found["placing"] = measure(place)
+    found["placing, next stage"] = measure(place)[1]           # they are there
     b.keep(**found)
     net = build_backbone(BackboneConfig("small" if b.small else b.args.backbone, width=8 if b.small else 32, stripes=1))
     net = move_to_device(net.eval(), b.device)
@@ -475,4 +511,4 @@ def schedule(b):
 
 
 SECTIONS = dict(runs=runs, agreement=agreement, steps=steps, clusters=clusters, outside=outside, evaluation=evaluation,
-                input=images, schedule=schedule)
+                input=images, schedule=schedule, choice=choice)

@@ -227,24 +227,26 @@ def train_set(
 
 # %% ../nbs/16_batches.ipynb #80c25182
 def copy_images(
-    sources: list[Tensor],  # uint8 (N_i, 3, H, W) on the CPU, memory-mapped or not
-    source: Tensor,         # int (B,), in which array each image is
-    row: Tensor,            # int64 (B,), and in which row of it
-) -> Tensor:                # uint8 (B, 3, H, W); without B for a single image
+    sources: list[Tensor],  # uint8 (N_i, 3, H, W) on one device; on the CPU memory-mapped or not
+    source: Tensor,         # int (B,) on the CPU, in which array each image is
+    row: Tensor,            # int64 (B,) on the CPU, and in which row of it
+) -> Tensor:                # uint8 (B, 3, H, W) on the device; without B for a single image
     "Images from several arrays."
     if not row.ndim:
         return sources[source][row]
-    out = torch.empty(len(row), *sources[0].shape[1:], dtype=torch.uint8)
+    device = sources[0].device
+    out = torch.empty(len(row), *sources[0].shape[1:], dtype=torch.uint8, device=device)
     for i, images in enumerate(sources):
         here = (source == i).nonzero()[:, 0]
         if len(here):
-            out[here] = images.index_select(0, row[here])  # whole images; images[...] would copy byte by byte
+            place, rows = (x.to(device, non_blocking=device.type == "cuda") for x in (here, row[here]))
+            out[place] = images.index_select(0, rows)      # whole images; images[...] would copy byte by byte
     return out
 
 # %% ../nbs/16_batches.ipynb #f822c835
 class ImageStack:
     "Images of several arrays as one uint8 (N, 3, H, W); the arrays are not copied."
-    dtype, ndim, device = torch.uint8, 4, torch.device("cpu")
+    dtype, ndim = torch.uint8, 4
 
     def __init__(self, sources: list[Tensor], source: Tensor, row: Tensor):  # as for `copy_images`
         self.sources, self.source, self.row = sources, source, row
@@ -259,6 +261,9 @@ class ImageStack:
 
     @property
     def nbytes(self) -> int: return self.shape.numel()
+
+    @property
+    def device(self) -> torch.device: return self.sources[0].device
 
     def select_images(self, index) -> "ImageStack":
         "The images at `index`, not copied."

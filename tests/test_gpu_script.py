@@ -145,7 +145,7 @@ def test_the_sections_run_on_the_pretended_gpu(bench, monkeypatch):
     monkeypatch.setattr(gpu_sections, "start_profile", lambda b: None)
     monkeypatch.setattr(gpu_sections, "end_profile", lambda b, profile, steps: dict(kernels=1))
     with pretend.gpu():
-        for name in ("agreement", "steps", "clusters"):
+        for name in ("agreement", "steps", "clusters", "choice"):
             b = bench("cuda")
             b.keep(**gpu_sections.SECTIONS[name](b))
             assert b.row.get("agrees", True), b.row["say"]
@@ -169,9 +169,14 @@ def test_a_profile_tells_kernels_from_copies(bench, monkeypatch):
 def test_captured_steps_stand_beside_eager_ones():
     assert gpu_sections.capture_modes(torch.device("cuda")) == {"eager": {"capture": "off"}, "captured": {"capture": "on"}}
     assert list(gpu_sections.capture_modes(torch.device("cpu"))) == ["eager"]
+    ways = gpu_sections.launch_ways(torch.device("cuda"))
+    assert list(gpu_sections.launch_ways(torch.device("cpu"))) == ["eager"] and list(ways) == ["eager", "captured", "compiled", "compiled and captured", "reduce-overhead"]
+    assert ways["compiled and captured"] == ({"compile": True, "capture": "on"}, "default") and ways["reduce-overhead"] == ({"compile": True, "capture": "off"}, "reduce-overhead")
     rows = dict(eager=dict(images_per_s=2000., milliseconds=32., losses=[2., 1.]), captured=dict(images_per_s=4000., milliseconds=16., losses=[2., 1.1]))
     found = gpu_sections.stage_row(rows)
     assert found["best"] == dict(mode="captured", images_per_s=4000., milliseconds=16.) and found["losses_off"] == pytest.approx(0.1)
+    third = gpu_sections.stage_row(rows | dict(compiled=dict(images_per_s=5000., milliseconds=12.8, losses=[2.4, 1.])))
+    assert third["best"]["mode"] == "compiled" and third["losses_off"] == pytest.approx(0.2)
     assert "best" not in gpu_sections.stage_row(dict(eager=dict(error="full"))) and gpu_sections.stage_row(rows | dict(captured=dict(error="full")))["best"]["mode"] == "eager"
 
 

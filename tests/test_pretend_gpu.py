@@ -1,6 +1,7 @@
 """What a GPU would refuse, and where it would be waited for, on a GPU that is only pretended (`pretend.py`)."""
 import collections
 import contextlib
+import gc
 import math
 from unittest.mock import patch
 
@@ -10,7 +11,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from domainmix import training
+from domainmix import loading, training
 from domainmix.baselines.qaconv import build_matcher
 from domainmix.baselines.qaconv_scores import match_images
 from domainmix.bench.speed import (
@@ -19,6 +20,8 @@ from domainmix.bench.speed import (
 from domainmix.files import load_jsonl
 from domainmix.evaluation import rank
 from domainmix.knn import knn
+from domainmix.loading import fetch_batch, to_device_if_fits
+from domainmix.batches import ImageStack
 from domainmix.bodies import BackboneConfig
 from domainmix.checkpoint import StageRun
 from domainmix.inference import evaluate_model
@@ -165,6 +168,52 @@ def test_stages_run_on_it_and_their_steps_wait_only_to_look_at_losses(case, tmp_
     assert pretend.waits - collections.Counter(checks) == {"checkpoint.py: flush": len(epochs)}     # at the twentieth step; at the last when the epoch is over
     assert checks
     assert 0 < result["mAP"] < 1
+
+
+def test_images_are_copied_to_it_once_in_a_run(tmp_path):
+    "Stages 0 to 3 train on the same arrays of A and B, which are on the GPU after the first that needs them; and no longer than the run."
+    copies, copy_once = [], loading.copy_once
+    def watched(images, device):
+        copies.append((images.data_ptr(), loading.find_copy(images, device) is None))
+        return copy_once(images, device)
+    brief = {s: {"epochs": 1 + (s == "stage3"), "iterations": 2} for s in TRAINING_SECTIONS}
+    with gpu(), patch.object(loading, "copy_once", watched):
+        run(configure(TINY_SETTINGS, brief, dict(real="world", target="world", run="tiny", data=str(tmp_path), device="cuda")))
+    arrays = {array for array, _ in copies}
+    assert len(arrays) == 2 and len(copies) == 1 + 2 + 2 + 2 and sum(new for _, new in copies) == 2
+    gc.collect()
+    assert not loading._COPIES
+
+
+def test_the_copy_of_changed_images_is_not_used():
+    here, there = torch.device("cuda", 0), torch.device("cuda", 1)
+    a, b = (torch.randint(0, 256, (n, 3, 4, 2), dtype=torch.uint8) for n in (20, 30))
+    rows = torch.tensor([3, 25, 40, 3])
+    expected = torch.cat([a, b])[rows]
+    with gpu() as pretend:
+        first, stack = to_device_if_fits(a, here), to_device_if_fits(ImageStack.concat(a, b).select_images(rows), here)
+        assert stack.device == here and stack.sources[0] is first and torch.equal(stack[:].cpu(), expected)
+        pretend.local.stepping = True
+        fetch_batch(stack, torch.tensor([0, 1]), here)
+        pretend.local.stepping = False
+        assert not pretend.waits                                           # a batch out of several arrays
+        assert loading.find_copy(a, here) is first and loading.find_copy(a, there) is None
+        a[0] += 1
+        assert loading.find_copy(a, here) is None and torch.equal(to_device_if_fits(a, here).cpu(), a)
+    del first, stack, a, b
+
+
+def test_copies_fill_at_most_half_of_the_memory():
+    here, whole = torch.device("cuda", 0), torch.randint(0, 256, (60, 3, 4, 2), dtype=torch.uint8)
+    a, b = whole[:20].clone(), whole[20:].clone()
+    with gpu(free=2 * a.nbytes + 2):
+        assert to_device_if_fits(b, here) is b                             # the larger of the two would fill more than half
+        assert to_device_if_fits(a, here).is_cuda
+    with gpu(free=a.nbytes + 2):                                           # what is left beside the copy of `a`
+        assert to_device_if_fits(a, here).is_cuda and to_device_if_fits(b[:1].clone(), here).is_cpu
+    with gpu(free=a.nbytes + 2 * 24 * 5):                                  # four images are copied out of arrays that do not fit
+        few = to_device_if_fits(ImageStack.concat(a, b).select_images(torch.tensor([3, 25, 40, 3])), here)
+        assert isinstance(few, torch.Tensor) and few.is_cuda and torch.equal(few.cpu(), whole[[3, 25, 40, 3]])
 
 
 @pytest.mark.parametrize("precision, off", [("fp32", 1e-2), pytest.param("bf16", 5e-2, marks=pytest.mark.slow)])
