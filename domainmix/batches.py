@@ -273,12 +273,6 @@ class ImageStack:
         "The images at `index` (a number, a slice, numbers or a mask), copied."
         return copy_images(self.sources, *(x[on_host(index)] for x in (self.source, self.row)))
 
-    def to(self, device: torch.device) -> Tensor:
-        "All images on `device`, sent a few thousand at a time."
-        out = torch.empty(self.shape, dtype=torch.uint8, device=device)
-        for start in range(0, len(self), 4096):
-            out[start:start + 4096] = self[start:start + 4096].to(device)
-        return out
 
 # %% ../nbs/16_batches.ipynb #edcf8783
 def as_image_stack(images: Tensor | ImageStack) -> ImageStack:
