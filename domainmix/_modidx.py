@@ -432,6 +432,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                                                                        'domainmix/baselines/snr.py'),
                                          'domainmix.baselines.snr.SNR.__init__': ( 'baselines/snr.html#snr.__init__',
                                                                                    'domainmix/baselines/snr.py'),
+                                         'domainmix.baselines.snr.SNR.drop_extra_loss': ( 'baselines/snr.html#snr.drop_extra_loss',
+                                                                                          'domainmix/baselines/snr.py'),
                                          'domainmix.baselines.snr.SNR.extra_loss': ( 'baselines/snr.html#snr.extra_loss',
                                                                                      'domainmix/baselines/snr.py'),
                                          'domainmix.baselines.snr.SNR.forward': ( 'baselines/snr.html#snr.forward',

@@ -347,7 +347,7 @@ def epoch_label_log(memory: RealLabels, truth: np.ndarray | None) -> dict:
 def drop_extra_losses(net: nn.Module) -> None:
     "Free what modules of a network keep for losses of their own, after a step that does not use these losses."
     for module in net.modules():
-        if hasattr(module, "extra_loss"): module.averages = None
+        if hasattr(module, "drop_extra_loss"): module.drop_extra_loss()
 
 # %% ../nbs/34_spcl.ipynb #fc46d609
 def contrast_step(

@@ -101,6 +101,10 @@ class SNR(nn.Module):
             self.averages = map_averages(x, normed, plus, self.stripes)
         return plus
 
+    def drop_extra_loss(self) -> None:
+        "Free what is kept for the loss of the last batch, if a step does not use it."
+        self.averages = None
+
     def extra_loss(self, label: Tensor) -> Tensor | None:
         "The weighted loss for the last batch, once; `label` (B,) of all processes."
         averages, self.averages = self.averages, None
