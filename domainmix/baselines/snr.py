@@ -92,6 +92,7 @@ class SNR(nn.Module):
         self.weight, self.stripes, self.pairs = weight, stripes, pairs
 
     def __getstate__(self): return {**self.__dict__, "averages": None}
+    def drop_extra_loss(self) -> None: self.averages = None    # kept for the loss of the last batch
 
     def forward(self, x: Tensor) -> Tensor:
         _check_places(x)
@@ -100,10 +101,6 @@ class SNR(nn.Module):
         if self.training and torch.is_grad_enabled():
             self.averages = map_averages(x, normed, plus, self.stripes)
         return plus
-
-    def drop_extra_loss(self) -> None:
-        "Free what is kept for the loss of the last batch, if a step does not use it."
-        self.averages = None
 
     def extra_loss(self, label: Tensor) -> Tensor | None:
         "The weighted loss for the last batch, once; `label` (B,) of all processes."

@@ -25,7 +25,7 @@ from ..core import DomainMixError, flag, later_setting, pick_device, with_overri
 from ..files import load_json, own_file
 from ..world import WorldConfig
 from ..bodies import BackboneConfig, MULTI_HEAD, _build_body, _check_body_config
-from ..builtin import BUILTIN, builtin_differences, check_builtin_fits
+from ..builtin import BUILTIN, builtin_differences, check_builtin_fits, has_builtin
 from ..backbone import _average_map, build_backbone, FeatureKind
 from ..spcl import SpCLConfig
 from ..schedule import DomainConfig, TrainConfig
@@ -410,7 +410,11 @@ def _image_size_faults(config: RunConfig) -> list[Fault]:
 # %% ../../nbs/runs/00_settings.ipynb #c9f9ca43
 def _weights_faults(config: RunConfig) -> list[Fault]:
     "A file of weights that does not exist, or the built-in network where it does not fit."
-    weights = config.net.weights
+    weights, method = config.net.weights, METHODS[config.method]
+    if weights == BUILTIN and (method.matcher or not method.synthetic):
+        why = "is no matcher" if method.matcher else "was trained on synthetic people, which this method leaves out"
+        return [Fault(f"{flag('method')} {config.method}: the built-in network {why}",
+                      f"set {flag('net.weights')} none")]
     if weights == BUILTIN: return _caught(check_builtin_fits, config.net, config.height, config.width)
     if weights in ("none", "auto", "imagenet") or os.path.isfile(weights): return []
     return [Fault(f"{flag('net.weights')} is {weights!r:.80}, and there is no such file",
@@ -447,8 +451,8 @@ def starting_weights(config: RunConfig) -> str:
     "`net.weights`; in place of auto, builtin where the network in the package fits, else none."
     if config.net.weights != "auto": return config.net.weights
     if METHODS[config.method].matcher: return "none"    # the built-in network is no matcher
-    fits = METHODS[config.method].synthetic and not builtin_differences(config.net, config.height, config.width)
-    return BUILTIN if fits else "none"
+    usable = METHODS[config.method].synthetic and has_builtin()
+    return BUILTIN if usable and not builtin_differences(config.net, config.height, config.width) else "none"
 
 # %% ../../nbs/runs/00_settings.ipynb #13d71ac8
 def validate_config(
