@@ -98,14 +98,13 @@ class SNR(nn.Module):
         _check_places(x)
         normed = self.norm(x)
         plus = normed + self.gate(x - normed)
-        if self.training and torch.is_grad_enabled():
-            self.averages = map_averages(x, normed, plus, self.stripes)
+        if self.training and torch.is_grad_enabled(): self.averages = map_averages(x, normed, plus, self.stripes)
         return plus
 
     def extra_loss(self, label: Tensor) -> Tensor | None:
         "The weighted loss for the last batch, once; `label` (B,) of all processes."
-        averages, self.averages = self.averages, None
-        return averages and self.weight * dual_causality_loss(*map(all_gather_rows, averages), label, self.pairs)
+        kept, self.averages = self.averages, None
+        return kept and self.weight * dual_causality_loss(*map(all_gather_rows, kept), label, self.pairs)
 
 # %% ../../nbs/baselines/03_snr.ipynb #4532870e
 def _stage_names(body: nn.Sequential) -> list[str]:
