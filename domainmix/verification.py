@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .builtin import BUILTIN
 from .core import DomainMixError, fingerprint, from_dict
 from .datasets import READERS, read_dataset
 from domainmix.feature_store import (
@@ -457,8 +458,9 @@ def threshold_file(
     model: str | Path,          # what `find_net` finds
     data: str | Path = "data",  # the folder in which a run's name is looked up
 ) -> Path:
-    "Where the threshold of a model is kept: model.safetensors -> model.threshold.json."
-    return find_net(model, data).with_suffix(".threshold.json")
+    "Where the threshold of a model is kept: beside its file; that of the network in the package in the folder DATA."
+    file = Path(data)/BUILTIN if model == BUILTIN else find_net(model, data)
+    return file.with_suffix(".threshold.json")
 
 # %% ../nbs/64_verification.ipynb #79bd672e
 def save_threshold(

@@ -1,5 +1,6 @@
 """Readers, decoding and sampling, with inputs that nobody would write into a notebook."""
 import io
+import math
 import os
 import re
 import struct
@@ -18,8 +19,11 @@ from domainmix import datasets, layouts, readers, records
 from domainmix.batches import (
     AugmentConfig, PKSampler, TrainSet, augment, flip_and_shift, augmentation_numbers, erase_boxes, train_set, union,
 )
+from domainmix.backbone import build_backbone
+from domainmix.bodies import BackboneConfig
 from domainmix.images import load_images, normalise
 from domainmix.core import DomainMixError, expect_error, generator
+from domainmix.loading import toy_train_set
 from domainmix.records import DataSet, Records, find_images
 from domainmix.layouts import guess_layouts
 from domainmix.readers import (
@@ -27,6 +31,8 @@ from domainmix.readers import (
     write_randperson,
 )
 from domainmix.datasets import read_dataset, read_folder
+from domainmix.schedule import DomainConfig
+from domainmix.training import train_invariant
 
 few = settings(max_examples=25, deadline=None)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -717,3 +723,15 @@ def test_look_says_what_is_read(tmp_path, monkeypatch, capsys):
                          ([command[1], "--out", str(tmp_path)], "is a folder"), ([str(tmp_path / "set")], "write folder:"), (["nothing"], "unknown data set")):
         assert main(["look", *wrong]) == 2 and words in capsys.readouterr().err, words
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "empty"])
+
+
+@pytest.mark.parametrize("changes", [dict(domains="camera"), dict(camera_ids=2)], ids=["a discriminator of cameras", "batches by camera"])
+def test_a_camera_with_one_image_is_trained_on(changes):
+    data = union(toy_train_set(0), toy_train_set(1))
+    data.camera[0] = 9      # the only image of this camera
+    net = build_backbone(BackboneConfig("small", width=8, stripes=2))
+    config = DomainConfig(p=4, k=4, balance="domain", epochs=2, iterations=6, precision="fp32", **changes)
+    found = train_invariant(net, data, config, device="cpu")
+    domains = 7 if "domains" in changes else 2      # the union numbers the cameras of both sets: 0, 1, 2 and 9, and three more
+    assert found.discriminator.share.shape == (domains,) and found.discriminator.share.min() > 0
+    assert all(math.isfinite(line["loss" if "loss" in line else "d"]) for line in found.history)

@@ -258,6 +258,24 @@ def test_same_keeps_what_reaches_the_threshold(place, said):
     assert [q["nobody"] for q in record["queries"]] == (counts == 0).tolist()
 
 
+def test_the_network_in_the_package_needs_no_training(place, said):
+    "Each command with it, and nothing is written into the package."
+    package = Path(domainmix.__file__).parent
+    there, on = sorted(package.iterdir()), ("--device", "cpu")
+    for command in (("embed", "--images", "folder:crops", "--out", "f.npy"), ("evaluate", "--target", "market1501:market"),
+                    ("threshold", "--images", "folder:crops", "--pattern", NAMES), ("search", "--query", "crops", "--gallery", "crops", "--same", "--out", "g"),
+                    ("tune", "--images", "folder:crops", "--out", "tuned.safetensors"), ("embed", "--images", "folder:crops", "--out", "t.npy")):
+        model = "tuned.safetensors" if "t.npy" in command else "builtin"
+        code, _, error = said(command[0], "--model", model, *command[1:], *on)
+        assert code == 0, (command, error)
+    x, tuned = np.load("f.npy"), np.load("t.npy")
+    assert x.shape == (48, 2304) and np.allclose(np.linalg.norm(x, axis=1), 1, atol=1e-4) and tuned.shape[0] == 48
+    pid = np.repeat(np.arange(8), 6)
+    S = x @ x.T - 2 * np.eye(48)
+    assert (pid[S.argmax(1)] == pid).mean() > .8                                  # drawn people are told apart
+    assert Path("data/builtin.threshold.json").is_file() and sorted(package.iterdir()) == there
+
+
 def test_nobody_is_said_and_all_files_are_whole(place, said):
     answer = said(*SEARCH, "--query", next(Path("crops").iterdir()), "--threshold", ".99999", "--out", "f")
     wrong(answer, "search", "nobody in the gallery resembles the query", "the best similarity is 0.")
