@@ -187,7 +187,8 @@ class ThresholdCommand(FeatureCommand):
     same_camera: bool = False
     # subtract from each feature the mean of its camera; `domainmix search` then needs --centre-cameras too
     centre_cameras: bool = False
-    out: str | None = None          # the .json file to write; None: MODEL.threshold.json beside the model (builtin: in DATA)
+    # the .json file to write; None: MODEL.threshold.json beside the model, or for builtin in DATA
+    out: str | None = None
 
 # %% ../nbs/78_search_commands.ipynb #ada99c8b
 def threshold_text(
