@@ -297,7 +297,7 @@ def steps(b):
 
 
 def launch_ways(device):
-    "Name -> settings of a stage and the mode of torch.compile, if it is used: what may spare the GPU waiting for Python."
+    "Name -> settings of a stage and the mode of torch.compile, if it is used: what may spare the GPU from waiting."
     ways = {name: (changes, None) for name, changes in capture_modes(device).items()}
     if len(ways) < 2: return ways
     whole = dict(compile=True)
@@ -307,7 +307,7 @@ def launch_ways(device):
 
 
 def choice(b):
-    "A step of stage 2 in each of the `launch_ways`: is what the setting `capture` chooses by itself the fastest?"
+    "A step of stage 2 in each of the `launch_ways`: are recorded steps, the default, the fastest?"
     net = build_backbone(BackboneConfig("small" if b.small else b.args.backbone, width=8 if b.small else 32, stripes=1))
     names, (images, call) = list(stage_calls(b, step_data(b), net).items())[1]
     for way, (changes, mode) in launch_ways(b.device).items():
@@ -319,7 +319,8 @@ def choice(b):
             except Exception as error:
                 traceback.print_exc()
                 row = dict(error=f"{type(error).__name__}: {error}"[:1000])
-        b.keep(**{way: row})
+        missing = [said for said in row.get("warnings", []) if "runs uncompiled" in said or "without a CUDA graph" in said]
+        b.keep(**{way: dict(error=missing[0]) if missing else row})      # it would stand there as what it is not
     told = ", ".join(f"{way} {row['images_per_s']:,.0f}" for way, row in b.row.items() if "images_per_s" in row)
     wrong = [f"{way}: {row['error']}" for way, row in b.row.items() if "error" in row]
     if wrong: raise RuntimeError("; ".join(wrong))

@@ -30,7 +30,7 @@ from domainmix.core import (
 )
 from .distributed import all_gather_rows, call_on_rank0, check_divisible, mean_gradients, process_rows
 from .knn import camera_centre
-from .loading import class_means, embed_images, fetch_batch, load_batches, to_device_if_fits
+from .loading import class_means, drop_copies, embed_images, fetch_batch, load_batches, to_device_if_fits
 from .norms import DomainBatchNorm, from_domain_bn, set_bn_domain, to_domain_bn, to_ghost_bn
 from .optimiser import adam, memory_layout, move_to_device
 from .pseudolabel import ClusterConfig, Clusters, cluster, label_quality, outliers_as_classes, reliable_labels
@@ -296,6 +296,9 @@ def domain_losses(
 def _image_sets(synthetic: TrainSet | None, images: Tensor | ImageStack, device: torch.device) -> list:
     "The synthetic images, if any, and the real ones; on the device as far as they fit, the real ones first."
     real = to_device_if_fits(images, device)
+    if synthetic is not None and real.device.type != device.type:
+        drop_copies(synthetic.images)                # of stage 0
+        real = to_device_if_fits(images, device)
     return [real] if synthetic is None else [to_device_if_fits(synthetic.images, device), real]
 
 # %% ../nbs/34_spcl.ipynb #3793f196

@@ -459,7 +459,7 @@ def threshold_file(
     data: str | Path = "data",  # the folder in which a run's name is looked up
 ) -> Path:
     "Where the threshold of a model is kept: beside its file; that of the network in the package in the folder DATA."
-    file = Path(data)/BUILTIN if model == BUILTIN else find_net(model, data)
+    file = Path(data)/BUILTIN if str(model) == BUILTIN else find_net(model, data)
     return file.with_suffix(".threshold.json")
 
 # %% ../nbs/64_verification.ipynb #79bd672e

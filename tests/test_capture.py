@@ -83,6 +83,7 @@ def test_a_driver_without_graphs(setting, tmp_path, capsys):
         if setting == "on":
             assert report_errors(lambda: run(config({f"{s}.capture": "on" for s in stages}, run="on"))) == 2
             assert "operation not supported" in (told := capsys.readouterr().err) and "set capture to auto or off" in told
+            assert not (tmp_path/"runs/on/log.jsonl").exists()
             return
         found = run(config(run="auto"))
         without = run(config({f"{s}.capture": "off" for s in stages}, run="off"))

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 import zlib
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from domainmix.backbone import build_backbone
 from domainmix.bodies import BackboneConfig
 from domainmix.images import load_images, normalise
 from domainmix.core import DomainMixError, expect_error, generator
-from domainmix.loading import toy_train_set
+from domainmix.loading import BatchLoader, toy_train_set
 from domainmix.records import DataSet, Records, find_images
 from domainmix.layouts import guess_layouts
 from domainmix.readers import (
@@ -729,9 +730,14 @@ def test_look_says_what_is_read(tmp_path, monkeypatch, capsys):
 def test_a_camera_with_one_image_is_trained_on(changes):
     data = union(toy_train_set(0), toy_train_set(1))
     data.camera[0] = 9      # the only image of this camera
-    net = build_backbone(BackboneConfig("small", width=8, stripes=2))
+    net, drawn = build_backbone(BackboneConfig("small", width=8, stripes=2)), set()
     config = DomainConfig(p=4, k=4, balance="domain", epochs=2, iterations=6, precision="fp32", **changes)
-    found = train_invariant(net, data, config, device="cpu")
+    load = BatchLoader.load_batch
+    def watched(loader, index, *more, **options):
+        drawn.update(index.tolist())
+        return load(loader, index, *more, **options)
+    with patch.object(BatchLoader, "load_batch", watched): found = train_invariant(net, data, config, device="cpu")
+    assert (0 in drawn) == ("domains" in changes)      # batches by camera need two people in a pair of cameras
     domains = 7 if "domains" in changes else 2      # the union numbers the cameras of both sets: 0, 1, 2 and 9, and three more
     assert found.discriminator.share.shape == (domains,) and found.discriminator.share.min() > 0
     assert all(math.isfinite(line["loss" if "loss" in line else "d"]) for line in found.history)

@@ -145,11 +145,31 @@ def test_the_sections_run_on_the_pretended_gpu(bench, monkeypatch):
     monkeypatch.setattr(gpu_sections, "start_profile", lambda b: None)
     monkeypatch.setattr(gpu_sections, "end_profile", lambda b, profile, steps: dict(kernels=1))
     with pretend.gpu():
-        for name in ("agreement", "steps", "clusters", "choice"):
+        for name in ("agreement", "steps", "clusters"):
             b = bench("cuda")
             b.keep(**gpu_sections.SECTIONS[name](b))
             assert b.row.get("agrees", True), b.row["say"]
             assert not any("error" in part for part in b.row.values() if isinstance(part, dict))
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_ways_to_launch_are_what_they_are_called(works, bench, monkeypatch):
+    "A compiler that only notes its mode; and one that fails, whose steps must not stand there as compiled."
+    modes = []
+    def compiled(call, mode=None, **_):
+        if not works: raise RuntimeError("no compiler, for example")
+        modes.append(mode)
+        return call
+    monkeypatch.setattr(torch, "compile", compiled)
+    for name in ("start_profile", "end_profile"): monkeypatch.setattr(gpu_sections, name, lambda *_: {})
+    with pretend.gpu():
+        b = bench("cuda")
+        if works: found = gpu_sections.choice(b)
+        else:
+            with pytest.raises(RuntimeError, match="no compiler, for example"): gpu_sections.choice(b)
+    assert modes == (["default", "default", "reduce-overhead"] if works else [])
+    assert {way for way, row in b.row.items() if "images_per_s" in row} == (set(gpu_sections.launch_ways(b.device)) if works else {"eager", "captured"})
+    assert not works or found["agrees"]
 
 
 def test_a_profile_tells_kernels_from_copies(bench, monkeypatch):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from domainmix import loading, training
+from domainmix import loading, spcl, training
 from domainmix.baselines.qaconv import build_matcher
 from domainmix.baselines.qaconv_scores import match_images
 from domainmix.bench.speed import (
@@ -21,7 +22,7 @@ from domainmix.files import load_jsonl
 from domainmix.evaluation import rank
 from domainmix.knn import knn
 from domainmix.loading import fetch_batch, to_device_if_fits
-from domainmix.batches import ImageStack
+from domainmix.batches import ImageStack, TrainSet
 from domainmix.bodies import BackboneConfig
 from domainmix.checkpoint import StageRun
 from domainmix.inference import evaluate_model
@@ -170,50 +171,73 @@ def test_stages_run_on_it_and_their_steps_wait_only_to_look_at_losses(case, tmp_
     assert 0 < result["mAP"] < 1
 
 
-def test_images_are_copied_to_it_once_in_a_run(tmp_path):
+@pytest.fixture
+def copies():
+    "The copies of images on a GPU, none at first."
+    with patch.object(loading, "_COPIES", WeakTensorKeyDictionary()) as found: yield found
+
+
+@pytest.mark.parametrize("labeller, n", [("spcl", 7), ("mmt", None)])
+def test_images_are_copied_to_it_once_in_a_run(labeller, n, copies, tmp_path):
     "Stages 0 to 3 train on the same arrays of A and B, which are on the GPU after the first that needs them; and no longer than the run."
-    copies, copy_once = [], loading.copy_once
+    calls, copy_once = [], loading.copy_once
     def watched(images, device):
-        copies.append((images.data_ptr(), loading.find_copy(images, device) is None))
+        calls.append((images.data_ptr(), loading.find_copy(images, device) is None))
         return copy_once(images, device)
     brief = {s: {"epochs": 1 + (s == "stage3"), "iterations": 2} for s in TRAINING_SECTIONS}
     with gpu(), patch.object(loading, "copy_once", watched):
-        run(configure(TINY_SETTINGS, brief, dict(real="world", target="world", run="tiny", data=str(tmp_path), device="cuda")))
-    arrays = {array for array, _ in copies}
-    assert len(arrays) == 2 and len(copies) == 1 + 2 + 2 + 2 and sum(new for _, new in copies) == 2
+        run(configure(TINY_SETTINGS, brief, dict(real="world", target="world", run="tiny", data=str(tmp_path), device="cuda", labeller=labeller)))
+    assert len({array for array, _ in calls}) == sum(new for _, new in calls) == 2
+    assert n is None or len(calls) == n       # A; A and B; both in one stack, twice
     gc.collect()
-    assert not loading._COPIES
+    assert not copies
 
 
-def test_the_copy_of_changed_images_is_not_used():
-    here, there = torch.device("cuda", 0), torch.device("cuda", 1)
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_the_copy_of_changed_images_is_not_used(device, copies):
+    here, there = torch.device(device), torch.device("cuda", 1)
     a, b = (torch.randint(0, 256, (n, 3, 4, 2), dtype=torch.uint8) for n in (20, 30))
     rows = torch.tensor([3, 25, 40, 3])
-    expected = torch.cat([a, b])[rows]
+    expected, at = torch.cat([a, b])[rows], torch.device("cuda", 0)
     with gpu() as pretend:
         first, stack = to_device_if_fits(a, here), to_device_if_fits(ImageStack.concat(a, b).select_images(rows), here)
-        assert stack.device == here and stack.sources[0] is first and torch.equal(stack[:].cpu(), expected)
+        assert stack.device == at and stack.sources[0] is first and torch.equal(stack[:].cpu(), expected)
+        assert to_device_if_fits(first, here) is first and to_device_if_fits(stack, here) is stack and len(copies) == 2      # they are there
         pretend.local.stepping = True
         fetch_batch(stack, torch.tensor([0, 1]), here)
         pretend.local.stepping = False
         assert not pretend.waits                                           # a batch out of several arrays
-        assert loading.find_copy(a, here) is first and loading.find_copy(a, there) is None
+        assert loading.find_copy(a, at) is first
         a[0] += 1
-        assert loading.find_copy(a, here) is None and torch.equal(to_device_if_fits(a, here).cpu(), a)
-    del first, stack, a, b
+        assert loading.find_copy(a, at) is None and len(copies) == 1 and torch.equal(to_device_if_fits(a, here).cpu(), a)
+        assert loading.find_copy(b, there) is None
+        del first, stack, a, b
+        gc.collect()
+        assert not copies
 
 
-def test_copies_fill_at_most_half_of_the_memory():
+def test_copies_fill_at_most_half_of_the_memory(copies):
     here, whole = torch.device("cuda", 0), torch.randint(0, 256, (60, 3, 4, 2), dtype=torch.uint8)
     a, b = whole[:20].clone(), whole[20:].clone()
     with gpu(free=2 * a.nbytes + 2):
         assert to_device_if_fits(b, here) is b                             # the larger of the two would fill more than half
         assert to_device_if_fits(a, here).is_cuda
     with gpu(free=a.nbytes + 2):                                           # what is left beside the copy of `a`
-        assert to_device_if_fits(a, here).is_cuda and to_device_if_fits(b[:1].clone(), here).is_cpu
-    with gpu(free=a.nbytes + 2 * 24 * 5):                                  # four images are copied out of arrays that do not fit
+        assert to_device_if_fits(a, here).is_cuda and to_device_if_fits(b[:1].clone(), here).is_cpu and len(copies) == 1
+    with gpu(free=2 * 24 * 5):                                             # four images are copied out of arrays that do not fit
         few = to_device_if_fits(ImageStack.concat(a, b).select_images(torch.tensor([3, 25, 40, 3])), here)
         assert isinstance(few, torch.Tensor) and few.is_cuda and torch.equal(few.cpu(), whole[[3, 25, 40, 3]])
+        assert not copies                                                  # that of `a` was of no use
+
+
+def test_stage_1_has_its_real_images_on_the_gpu_before_the_synthetic_ones(copies):
+    "B is embedded in every epoch; the copy of A that stage 0 has left goes, if there is no room for both."
+    here, data, real = torch.device("cuda", 0), toy_domain(6, 2, size=(16, 8)), toy_domain(8, 2, size=(16, 8), seed=1)[0]
+    a = TrainSet(data[0], data[1], data[2], torch.zeros(12))
+    for free, sides in ((2 ** 30, [True, True]), (2 * real.nbytes + 2, [False, True]), (100, [False, False])):
+        copies.clear()
+        with gpu(free=2 ** 30): to_device_if_fits(a.images, here)
+        with gpu(free=free): assert [x.is_cuda for x in spcl._image_sets(a, real, here)] == sides, free
 
 
 @pytest.mark.parametrize("precision, off", [("fp32", 1e-2), pytest.param("bf16", 5e-2, marks=pytest.mark.slow)])

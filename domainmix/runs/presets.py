@@ -106,7 +106,7 @@ VARIANTS = {
     "tiny": {"net.width": 16, "net.view": "whole"},
     "base": {"height": 128, "width": 64, "world.height": 128, "world.width": 64, "net.width": 32},
     "paper-small": _paper_small(),
-    "gap": {"synthetic": "world", "real": "world", "target": "world", "world": GAP, "net.weights": "none"},
+    "gap": {"synthetic": "world", "real": "world", "target": "world", "world": GAP},
     "mmt-paper": _mmt_paper(),
 }
 

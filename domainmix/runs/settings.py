@@ -414,7 +414,7 @@ def _weights_faults(config: RunConfig) -> list[Fault]:
     if weights == BUILTIN and (method.matcher or not method.synthetic):
         why = "is no matcher" if method.matcher else "was trained on synthetic people, which this method leaves out"
         return [Fault(f"{flag('method')} {config.method}: the built-in network {why}",
-                      f"set {flag('net.weights')} none")]
+                      f"set {flag('net.weights')} auto")]
     if weights == BUILTIN: return _caught(check_builtin_fits, config.net, config.height, config.width)
     if weights in ("none", "auto", "imagenet") or os.path.isfile(weights): return []
     return [Fault(f"{flag('net.weights')} is {weights!r:.80}, and there is no such file",
@@ -450,8 +450,9 @@ def setting_faults(
 def starting_weights(config: RunConfig) -> str:
     "`net.weights`; in place of auto, builtin where the network in the package fits, else none."
     if config.net.weights != "auto": return config.net.weights
-    if METHODS[config.method].matcher: return "none"    # the built-in network is no matcher
-    usable = METHODS[config.method].synthetic and has_builtin()
+    method, specs = METHODS[config.method], (*dataset_specs(config, "real"), config.target)
+    if method.matcher or not method.synthetic or "world" in specs: return "none"    # it has seen people like these
+    usable = has_builtin()
     return BUILTIN if usable and not builtin_differences(config.net, config.height, config.width) else "none"
 
 # %% ../../nbs/runs/00_settings.ipynb #13d71ac8
