@@ -60,6 +60,7 @@ def find_copy(
     del _COPIES[images]
     return None
 
+# %% ../nbs/30_loading.ipynb #c0b70ce1
 def copy_once(
     images: Tensor,        # (N, 3, H, W) uint8 on the host
     device: torch.device,  # with its index
@@ -72,6 +73,7 @@ def copy_once(
         if counts and copy is not images: _COPIES[images] = device, images._version, copy
     return copy
 
+# %% ../nbs/30_loading.ipynb #d70c0de1
 def drop_copies(images: Tensor | ImageStack) -> None:
     "Free the memory of the copies that `copy_once` made of these arrays."
     for array in as_image_stack(images).sources: _COPIES.pop(array, None)
