@@ -95,6 +95,7 @@ def copy_selected(
         out[start:start + 4096] = images[start:start + 4096].to(device)
     return out
 
+# %% ../nbs/30_loading.ipynb #7065d0e1
 def to_device_if_fits(
     images: Tensor | ImageStack,  # (N, 3, H, W) uint8
     device: torch.device,         # the device of the network
