@@ -52,7 +52,7 @@ _COPIES = WeakTensorKeyDictionary()   # images on the host -> (device, changes o
 
 def find_copy(
     images: Tensor,        # (N, 3, H, W) uint8 on the host
-    device: torch.device,  # with its index
+    device: torch.device,
 ) -> Tensor | None:
     "The copy that `copy_once` made; None if there is none, or if torch has changed the images since then."
     where, changes, copy = _COPIES.get(images, (device, 0, None))
@@ -63,7 +63,7 @@ def find_copy(
 # %% ../nbs/30_loading.ipynb #c0b70ce1
 def copy_once(
     images: Tensor,        # (N, 3, H, W) uint8 on the host
-    device: torch.device,  # with its index
+    device: torch.device,
 ) -> Tensor:
     "The images on the device, copied if they are not there yet; the copy is kept as long as the images are."
     copy = find_copy(images, device)
@@ -101,8 +101,8 @@ def to_device_if_fits(
     device: torch.device,         # the device of the network
 ) -> Tensor | ImageStack:
     "The images on the device if there is room for them, see `room_for_images`; else unchanged."
-    device = torch.empty(0, device=device).device       # with its index
-    if device.type == "cpu" or images.device == device:
+    there = images.device.type == device.type and device.index in (None, images.device.index)
+    if device.type == "cpu" or there:
         return images
     arrays = as_image_stack(images).sources
     new = sum(x.nbytes for x in {id(x): x for x in arrays}.values() if find_copy(x, device) is None)

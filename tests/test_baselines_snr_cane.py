@@ -102,7 +102,7 @@ def test_cane_without_cameras_is_refused_before_anything_is_trained(method, tmp_
 
 
 def test_the_network_of_the_package_does_not_fit_snr():
-    fits, changed = configure(real="world"), configure(SMALL_SETTINGS, {"net.snr": True}, real="world")
+    fits, changed = configure(real="folder:crops"), configure(SMALL_SETTINGS, {"net.snr": True}, real="folder:crops")
     assert (starting_weights(fits), starting_weights(changed)) == ("builtin", "none")
 
 

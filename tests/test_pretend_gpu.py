@@ -207,9 +207,9 @@ def test_the_copy_of_changed_images_is_not_used(device, copies):
         fetch_batch(stack, torch.tensor([0, 1]), here)
         pretend.local.stepping = False
         assert not pretend.waits                                           # a batch out of several arrays
-        assert loading.find_copy(a, at) is first
+        assert loading.find_copy(a, here) is first
         a[0] += 1
-        assert loading.find_copy(a, at) is None and len(copies) == 1 and torch.equal(to_device_if_fits(a, here).cpu(), a)
+        assert loading.find_copy(a, here) is None and len(copies) == 1 and torch.equal(to_device_if_fits(a, here).cpu(), a)
         assert loading.find_copy(b, there) is None
         del first, stack, a, b
         gc.collect()
