@@ -42,7 +42,7 @@ def settings(argv=None):
     add("--budget", type=float, default=295, help="seconds until the end, from the start of the script [%(default)s]")
     add("--sections", nargs="+", default=list(SHARES), choices=[*SHARES, *MORE_SHARES], metavar="NAME",
         help=f"which to run, in this order; there is also {' '.join(MORE_SHARES)} [{' '.join(SHARES)}]")
-    add("--backbone", default="resnet50", help="network of the section steps [%(default)s]")
+    add("--backbone", default="resnet50", help="network of the sections steps and choice [%(default)s]")
     add("--start", default="auto", choices=("auto", "fork", "spawn"),
         help="how a section's process starts: as a copy of this one, with all modules loaded, or anew [%(default)s]")
     return p.parse_args(argv)

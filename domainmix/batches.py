@@ -273,7 +273,6 @@ class ImageStack:
         "The images at `index` (a number, a slice, numbers or a mask), copied."
         return copy_images(self.sources, *(x[on_host(index)] for x in (self.source, self.row)))
 
-
 # %% ../nbs/16_batches.ipynb #edcf8783
 def as_image_stack(images: Tensor | ImageStack) -> ImageStack:
     "One array as a stack; a stack stays as it is."

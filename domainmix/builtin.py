@@ -7,11 +7,11 @@ __all__ = ['BUILTIN', 'NOT_ARCHITECTURE', 'builtin_file', 'has_builtin', 'builti
            'check_builtin_fits']
 
 # %% ../nbs/23_builtin.ipynb #89e92d31
+import warnings
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-import warnings
 
 from .core import DomainMixError
 from .files import weights_metadata

@@ -107,7 +107,7 @@ def to_device_if_fits(
     arrays = as_image_stack(images).sources
     new = sum(x.nbytes for x in {id(x): x for x in arrays}.values() if find_copy(x, device) is None)
     if new and new >= room_for_images(device):
-        drop_copies(images)                             # a part of the arrays is of no use
+        drop_copies(images)                             # copies of some of the arrays are of no use
         return copy_selected(images, device) if images.nbytes < room_for_images(device) else images
     copies = [copy_once(x, device) for x in arrays]
     return copies[0] if isinstance(images, Tensor) else ImageStack(copies, images.source, images.row)

@@ -297,7 +297,7 @@ def _image_sets(synthetic: TrainSet | None, images: Tensor | ImageStack, device:
     "The synthetic images, if any, and the real ones; on the device as far as they fit, the real ones first."
     real = to_device_if_fits(images, device)
     if synthetic is not None and real.device.type != device.type:
-        drop_copies(synthetic.images)                # of stage 0
+        drop_copies(synthetic.images)                # that stage 0 has left
         real = to_device_if_fits(images, device)
     return [real] if synthetic is None else [to_device_if_fits(synthetic.images, device), real]
 

@@ -55,7 +55,7 @@ def train_toy(compiled: bool, recorded: bool):
 
 @pytest.mark.filterwarnings("error:training goes on without a CUDA graph", "error:torch.compile does not work")
 def test_the_step_of_a_compiled_network_is_recorded_too():
-    "Three steps, a recording and its check of each kind run in Python; the losses are those of neither compiled nor recorded steps."
+    "Three steps, a recording and its check of each kind run in Python; the losses are those of steps that are neither compiled nor recorded."
     from torch._dynamo.utils import counters
     plain, ran, recordings = train_toy(False, False)
     assert (ran, recordings) == (STEPS, 0)
@@ -87,6 +87,7 @@ def test_a_driver_without_graphs(setting, tmp_path, capsys):
             return
         found = run(config(run="auto"))
         without = run(config({f"{s}.capture": "off" for s in stages}, run="off"))
+    assert (tmp_path/"runs/auto/log.jsonl").exists()          # which a run with `on` does not have
     told = [str(w.message) for w in said if "CUDA graph" in str(w.message)]
     assert [t for t in told if "training goes on" in t] == ["training goes on without a CUDA graph: CUDA error: operation not supported"]
     assert found["mAP"] == without["mAP"] and found["rank1"] == without["rank1"]

@@ -412,8 +412,8 @@ def _weights_faults(config: RunConfig) -> list[Fault]:
     "A file of weights that does not exist, or the built-in network where it does not fit."
     weights, method = config.net.weights, METHODS[config.method]
     if weights == BUILTIN and (method.matcher or not method.synthetic):
-        why = "is no matcher" if method.matcher else "was trained on A"
-        return [Fault(f"{flag('method')} {config.method}: the built-in network {why}", "set net.weights to auto")]
+        why = "the built-in network " + ("is no matcher" if method.matcher else "was trained on synthetic people")
+        return [Fault(f"{flag('method')} {config.method}: {why}", f"set {flag('net.weights')} auto")]
     if weights == BUILTIN: return _caught(check_builtin_fits, config.net, config.height, config.width)
     if weights in ("none", "auto", "imagenet") or os.path.isfile(weights): return []
     return [Fault(f"{flag('net.weights')} is {weights!r:.80}, and there is no such file",
@@ -450,7 +450,7 @@ def starting_weights(config: RunConfig) -> str:
     "`net.weights`; in place of auto, builtin where the network in the package fits, else none."
     if config.net.weights != "auto": return config.net.weights
     method, specs = METHODS[config.method], (*dataset_specs(config, "real"), config.target)
-    if method.matcher or not method.synthetic or "world" in specs: return "none"    # it has seen people like these
+    if method.matcher or not method.synthetic or "world" in specs: return "none"
     fits = has_builtin() and not builtin_differences(config.net, config.height, config.width)
     return BUILTIN if fits else "none"
 
