@@ -783,6 +783,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/domainmix/', 'doc_host': '
                                    'domainmix.builtin.builtin_facts': ('builtin.html#builtin_facts', 'domainmix/builtin.py'),
                                    'domainmix.builtin.builtin_file': ('builtin.html#builtin_file', 'domainmix/builtin.py'),
                                    'domainmix.builtin.check_builtin_fits': ('builtin.html#check_builtin_fits', 'domainmix/builtin.py'),
+                                   'domainmix.builtin.fitting_builtin': ('builtin.html#fitting_builtin', 'domainmix/builtin.py'),
                                    'domainmix.builtin.has_builtin': ('builtin.html#has_builtin', 'domainmix/builtin.py')},
             'domainmix.camera_batches': { 'domainmix.camera_batches.CameraSampler': ( 'camera_batches.html#camerasampler',
                                                                                       'domainmix/camera_batches.py'),

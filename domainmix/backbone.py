@@ -26,7 +26,7 @@ from domainmix.bodies import (
     _add_input_channels, _build_body, _check_body_config, _init_weights, BackboneConfig, BODIES, guard_convolutions,
     MULTI_HEAD, TokenBody,
 )
-from .builtin import BUILTIN, builtin_file, check_builtin_fits
+from .builtin import BUILTINS, builtin_file, check_builtin_fits
 from domainmix.weights import (
     _check_fits, _fetch, _first_differences, _load_checked, _timm_weights, has_initial_weights, match_body,
     read_weights, split_weights, weights_report, WeightsFile, WeightsParts,
@@ -301,9 +301,9 @@ def _load_body(
 # %% ../nbs/24_backbone.ipynb #24634dcc
 def _open_published(config: BackboneConfig) -> tuple[str, WeightsFile]:
     "The file that `config.weights` means, and its name."
-    if config.weights == BUILTIN:
-        check_builtin_fits(config)
-        return "the built-in network", read_weights(builtin_file())
+    if config.weights in BUILTINS:
+        check_builtin_fits(config, name=config.weights)
+        return f"the network {config.weights} in the package", read_weights(builtin_file(config.weights))
     if config.weights == "imagenet" and config.name.startswith("timm:"):
         return config.name, WeightsFile(_timm_weights(config.name.removeprefix("timm:")), "", ())
     source = _fetch(config.name) if config.weights == "imagenet" else Path(config.weights)
@@ -318,7 +318,7 @@ def _is_our_net(file: WeightsFile) -> bool:
 # %% ../nbs/24_backbone.ipynb #7047b3a0
 def load_published(
     net: ReIDNet,             # filled in place
-    config: BackboneConfig,   # its `weights`: builtin, imagenet or a path
+    config: BackboneConfig,   # its `weights`: builtin, builtin-128, imagenet or a path
 ) -> list[str]:               # the tensors of the file that were left
     "Load weights from a file: of an ImageNet classifier, or of a re-ID network of this kit or another; print which."
     source, file = _open_published(config)

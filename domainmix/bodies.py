@@ -223,7 +223,7 @@ class BackboneConfig:
     stripes: int = 4         # horizontal stripes whose averages make the feature, without parts; 1: one global average
     ibn: bool = True         # small: instance and batch norm together (IBN) in the first three stages
     last_stride: int = 1     # small (its rows only) and resnet50: stride of the last stage
-    weights: str = "none"    # initial weights: none, builtin, auto (builtin if it fits, else none), imagenet, a file
+    weights: str = "none"    # initially: none, builtin, builtin-128, auto (what fits of these), imagenet, a file
     view: Literal["whole", "person", "both"] = "whole"  # input: whole image, person cut out, or both (two bodies)
     parts: bool = False      # give the network maps of the body parts, and average over these in place of stripes
     tokens: Literal["mean", "class"] = later_setting("mean")   # timm's vision transformers: mean of patches, or class

@@ -22,7 +22,7 @@ from . import __version__
 from .backbone import ReIDNet, n_parameters
 from .core import DomainMixError, to_dict
 from .files import load_dict, load_json
-from .builtin import BUILTIN
+from .builtin import BUILTINS
 from .weights import weights_header
 from .images import MEAN, STD
 from .pixels import FILL
@@ -57,7 +57,7 @@ def public_settings(
 ) -> dict:
     "The settings that decide a run's outcome, without paths."
     settings = {k: v for k, v in to_dict(config).items() if k not in (*RESULT_NEUTRAL, *META_KEYS)}
-    if settings["net"]["weights"] not in ("none", "auto", BUILTIN, "imagenet"):
+    if settings["net"]["weights"] not in ("none", "auto", *BUILTINS, "imagenet"):
         settings["net"]["weights"] = REDACTED
     return without_paths(settings)
 
@@ -105,8 +105,9 @@ def card_licence(
     weights = starting_weights(config) if "synthetic" in learned else config.net.weights    # a table saves auto
     if weights == "imagenet":
         sets.append({"layout": "imagenet", "name": "ImageNet", "terms": DATASET_TERMS["imagenet"]})
-    elif weights == BUILTIN:
-        sets.append({"layout": "world", "name": "the network in the package", "terms": DATASET_TERMS["world"]})
+    elif weights in BUILTINS:
+        name = f"the network {weights} in the package"
+        sets.append({"layout": "world", "name": name, "terms": DATASET_TERMS["world"]})
     elif weights not in ("none", "auto"):
         terms = "unknown: see where the file came from"
         sets.append({"layout": "file", "name": "weights of a file", "terms": terms})

@@ -83,7 +83,7 @@ class LabelCommand(RunCommand):
 @dataclass
 class EvaluateCommand(FeatureCommand):
     "Test a trained network on a target."
-    model: str                      # a run's name or folder, a stage's folder, a file of weights, or builtin
+    model: str                      # a run's name or folder, a stage's folder, a file, builtin or builtin-128
     target: str                     # the data set to test on: market1501:DIR, folder:DIR with a pattern, world, ...
     pattern: str | None = None      # for folder: sets: a regular expression with groups pid and camera
     centre_cameras: bool = False    # subtract the mean feature of each camera: needs all images at once, no labels
@@ -97,7 +97,7 @@ class EvaluateCommand(FeatureCommand):
 class EmbedCommand(FeatureCommand):
     "Features of all images of a folder or data set."
     images: str                     # images to embed: folder:DIR, crops:DIR, market1501:DIR, ...
-    # a run's name or folder, a stage's folder, a file of weights, or builtin; either --model or --onnx is required
+    # a run's name or folder, a stage's folder, a file, builtin or builtin-128; either --model or --onnx is required
     model: str | None = None
     onnx: str | None = None         # instead of --model: an exported model.onnx, or its folder, run by onnxruntime
     # the file to write: float32 (N, D), one row for each image; a .csv beside it lists their paths, pid, camera, ...
@@ -124,7 +124,7 @@ class LookCommand:
 @dataclass
 class TuneCommand(FeatureCommand):
     "Learn a metric for a trained network's features from unlabelled images, in seconds, without training."
-    model: str                      # a run's name or folder, a stage's folder, a file of weights, or builtin
+    model: str                      # a run's name or folder, a stage's folder, a file, builtin or builtin-128
     images: str                     # unlabelled images of real cameras: folder:DIR, market1501:DIR, ...
     out: str = "tuned.safetensors"  # file for the network with its metric, for evaluate, embed and export
     ridge: float = 10.              # regularisation; smaller: what varies within a person counts less
@@ -134,7 +134,7 @@ class TuneCommand(FeatureCommand):
 @dataclass
 class ExportCommand:
     "Write a trained network as ONNX and torch.export, with a card that describes it."
-    model: str                      # a run's name or folder, a stage's folder, a file of weights, or builtin
+    model: str                      # a run's name or folder, a stage's folder, a file, builtin or builtin-128
     out: str                        # the folder to make: model.onnx, model.pt2, card.json
     formats: tuple[Literal["onnx", "torch"], ...] = ("onnx", "torch")  # files to write: model.onnx, model.pt2 (torch)
     # what the files take: uint8; float32, normalised as trackers feed it; or unit, float32 from 0 to 1

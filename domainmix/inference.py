@@ -35,7 +35,7 @@ from domainmix.pixels import (
     read_error_text, to_eight_bits, to_rgb,
 )
 from .records import Records, find_images, printable
-from .builtin import BUILTIN, builtin_file
+from .builtin import BUILTINS, builtin_file
 from .weights import read_weights, weights_header
 from .runs.inputs import Split, decode_dataset, read_inputs, tell_read
 from .runs.settings import METHODS, RunConfig, check_choice, configure, load_config
@@ -58,12 +58,12 @@ def last_network(
 
 # %% ../nbs/60_inference.ipynb #d264a123
 def find_net(
-    model: str | Path,  # a file of weights, a stage's folder, a run's folder, a run's name, or builtin
+    model: str | Path,  # a file of weights, a stage's folder, a run's folder, a run's name, builtin or builtin-128
     data: str | Path = "data",  # the folder in which a run's name is looked up
 ) -> Path:
     "The network file that `model` names; for a run, the network of its last stage."
-    if str(model) == BUILTIN:
-        return builtin_file()
+    if str(model) in BUILTINS:
+        return builtin_file(str(model))
     for path in (Path(model), Path(data)/"runs"/model):
         if os.path.isfile(path):
             return path
@@ -72,7 +72,7 @@ def find_net(
         if os.path.isfile(path/"config.json"):
             return last_network(path)
     raise DomainMixError(f"no model in {model}", "give a .safetensors file, a stage's folder, a run's folder, "
-                         "the name of a run, builtin, or with a backbone a file of another toolbox")
+                         "the name of a run, builtin, builtin-128, or with a backbone a file of another toolbox")
 
 # %% ../nbs/60_inference.ipynb #8585f9a2
 def open_net(

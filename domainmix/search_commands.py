@@ -80,7 +80,7 @@ def check_output_file(
 @dataclass
 class SearchCommand(FeatureCommand):
     "Find the people of query images in a gallery, without labels."
-    model: str                      # a run's name or folder, a stage's folder, a file of weights, or builtin
+    model: str                      # a run's name or folder, a stage's folder, a file, builtin or builtin-128
     query: str                      # whom to find: an image, a folder of images, or a data set such as market1501:DIR
     gallery: str                    # where to search: a folder with any sub-folders, or a data set (market1501:DIR)
     top: int = 10                   # number of answers for each query
@@ -174,7 +174,7 @@ def check_somebody(
 @dataclass
 class ThresholdCommand(FeatureCommand):
     "Measure above which similarity two images show one person, for a rate of false matches."
-    model: str                      # a run's name or folder, a stage's folder, a file of weights, or builtin
+    model: str                      # a run's name or folder, a stage's folder, a file, builtin or builtin-128
     images: str                     # images of people whom the model was not trained on: folder:DIR, market1501:DIR
     # the false-match rate to allow: the share of pairs of different people that may be called the same person
     fmr: float = .01
@@ -187,7 +187,7 @@ class ThresholdCommand(FeatureCommand):
     same_camera: bool = False
     # subtract from each feature the mean of its camera; `domainmix search` then needs --centre-cameras too
     centre_cameras: bool = False
-    # the .json file to write; None: MODEL.threshold.json beside the model, or for builtin in DATA
+    # the .json file to write; None: MODEL.threshold.json beside the model, or for builtin and builtin-128 in DATA
     out: str | None = None
 
 # %% ../nbs/78_search_commands.ipynb #ada99c8b

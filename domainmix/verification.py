@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .builtin import BUILTIN
+from .builtin import BUILTINS
 from .core import DomainMixError, fingerprint, from_dict
 from .datasets import READERS, read_dataset
 from domainmix.feature_store import (
@@ -458,8 +458,8 @@ def threshold_file(
     model: str | Path,          # what `find_net` finds
     data: str | Path = "data",  # the folder in which a run's name is looked up
 ) -> Path:
-    "Where the threshold of a model is kept: beside its file; that of the network in the package in the folder DATA."
-    file = Path(data)/BUILTIN if str(model) == BUILTIN else find_net(model, data)
+    "Where the threshold of a model is kept: beside its file; those of the networks in the package in the folder DATA."
+    file = Path(data)/model if str(model) in BUILTINS else find_net(model, data)
     return file.with_suffix(".threshold.json")
 
 # %% ../nbs/64_verification.ipynb #79bd672e

@@ -91,7 +91,7 @@ def check_finished(home, stages=("stage0", "stage1", "stage2", "stage3")):
 
 NARROW = {"net": {"width": 8}}
 PRESETS = {"world": NARROW, "world-snr-domainmix-db": NARROW, **{f"paper-rp-msmt-market{short and '-' + short}": {} for short in BACKBONES},
-           "tiny": NARROW, "base": NARROW, "paper-small": NARROW, "gap": NARROW,
+           "tiny": NARROW, "small-128": NARROW, "base": NARROW, "paper-small": NARROW, "gap": NARROW,
            "mmt-paper": {"mmt": {"cluster": {"n_clusters": 8}}, "method": "stage1-mmt"}}
 
 

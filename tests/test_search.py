@@ -265,16 +265,18 @@ def test_the_network_in_the_package_needs_no_training(place, said):
     there, on = files(), ("--device", "cpu")
     for command in (("embed", "--images", "folder:crops", "--out", "f.npy"), ("evaluate", "--target", "market1501:market"),
                     ("threshold", "--images", "folder:crops", "--pattern", NAMES), ("search", "--query", "crops", "--gallery", "crops", "--same", "--out", "g"),
-                    ("tune", "--images", "folder:crops", "--out", "tuned.safetensors"), ("embed", "--images", "folder:crops", "--out", "t.npy")):
-        model = "tuned.safetensors" if "t.npy" in command else "builtin"
+                    ("tune", "--images", "folder:crops", "--out", "tuned.safetensors"), ("embed", "--images", "folder:crops", "--out", "t.npy"),
+                    ("embed", "--images", "folder:crops", "--out", "f-128.npy"), ("threshold", "--images", "folder:crops", "--pattern", NAMES, "--fmr", ".02")):
+        model = "tuned.safetensors" if "t.npy" in command else "builtin-128" if {"f-128.npy", "--fmr"} & set(command) else "builtin"
         code, _, error = said(command[0], "--model", model, *command[1:], *on)
         assert code == 0, (command, error)
-    x, tuned = np.load("f.npy"), np.load("t.npy")
-    assert x.shape == (48, 2304) and np.allclose(np.linalg.norm(x, axis=1), 1, atol=1e-4) and tuned.shape[0] == 48
+    x, larger, tuned = np.load("f.npy"), np.load("f-128.npy"), np.load("t.npy")
     pid = np.repeat(np.arange(8), 6)
-    S = x @ x.T - 2 * np.eye(48)
-    assert (pid[S.argmax(1)] == pid).mean() > .8                                  # drawn people are told apart
-    assert Path("data/builtin.threshold.json").is_file() and files() == there
+    for f in (x, larger):
+        assert f.shape == (48, 2304) and np.allclose(np.linalg.norm(f, axis=1), 1, atol=1e-4)
+        assert (pid[(f @ f.T - 2 * np.eye(48)).argmax(1)] == pid).mean() > .8     # drawn people are told apart
+    assert tuned.shape[0] == 48 and np.abs(x - larger).max() > .01                # two networks
+    assert all(Path(f"data/{name}.threshold.json").is_file() for name in ("builtin", "builtin-128")) and files() == there
 
 
 def test_nobody_is_said_and_all_files_are_whole(place, said):

@@ -1,8 +1,8 @@
-"""Make the network in the package: `python tools/make_builtin.py`.
+"""Make the networks in the package: `python tools/make_builtin.py` and `python tools/make_builtin.py --height 128`.
 
-It is stage 0 of a run with the default settings, but longer, and with more people and more cameras than a run has. The
-people are drawn in the three styles of the embedded world. Seeds are fixed. A run that was stopped goes on from its
-checkpoint in `--folder`. On two CPU cores it takes about an hour.
+Each is stage 0 of a run with the default settings, but longer, and with more people and more cameras than a run has.
+The people are drawn in the three styles of the embedded world. Seeds are fixed. A run that was stopped goes on from its
+checkpoint in `--folder`. On two CPU cores without AVX-512, the first takes about an hour.
 """
 import argparse
 from dataclasses import replace
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from domainmix.batches import TrainSet
-from domainmix.builtin import BUILTIN
+from domainmix.builtin import BUILTINS
 from domainmix.core import to_dict, with_overrides
 from domainmix.files import Log, save_weights
 from domainmix.runs.settings import configure
@@ -23,13 +23,15 @@ from sync import ROOT
 
 PEOPLE = {"a": dict(ids=3000, cameras=30), "b": dict(ids=1500, cameras=20, look_alikes=0.), "c": dict(ids=1500, cameras=20)}
 SEED, STEPS = 2026, 3000
+HEIGHTS = dict(zip((64, 128), BUILTINS))   # rows of an image -> network
 
 
-def draw_people(parts=PEOPLE):
+def draw_people(size, parts=PEOPLE):
     "Labelled people of several styles; those whom only one camera sees are left out."
     images, label, camera, n_ids, n_cameras = [], [], [], 0, 0
     for name, change in parts.items():
-        drawn = draw_domain(replace(STYLES[name], passers_by=0., **change), SEED, name=name, progress=f"drawing {name}")
+        style = replace(STYLES[name], passers_by=0., **change)
+        drawn = draw_domain(style, SEED, size, name=name, progress=f"drawing {name}")
         people, row = np.unique(np.asarray(drawn.pid), return_inverse=True)
         images.append(drawn.images)
         label.append(torch.from_numpy(row) + n_ids)
@@ -47,19 +49,22 @@ def halved(state):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--folder", default=ROOT / "data" / BUILTIN, help="for the checkpoint")
-    parser.add_argument("--out", default=ROOT / "domainmix" / f"{BUILTIN}.safetensors")
+    parser.add_argument("--height", type=int, default=64, choices=HEIGHTS, help="rows of an image; it has half as many columns")
+    parser.add_argument("--folder", help="for the checkpoint; default: data/NAME of the network")
+    parser.add_argument("--out", help="default: domainmix/NAME.safetensors")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    config = configure(**{"net.weights": "none", "pretrain.epochs": max(1, args.steps // 50), "pretrain.iterations": 50})
-    data, folder = draw_people(), Path(args.folder)
+    size, name = (args.height, args.height // 2), HEIGHTS[args.height]
+    length = {"pretrain.epochs": max(1, args.steps // 50), "pretrain.iterations": 50}
+    config = configure(height=size[0], width=size[1], **{"net.weights": "none"}, **length)
+    data, folder = draw_people(size), Path(args.folder or ROOT / "data" / name)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{len(data.images):,} images of {data.n_classes:,} people")
     net = train(initial_net(config), data, config.pretrain, stage="stage0", device=args.device, folder=folder, log=Log(folder / "log.jsonl")).net
     trained = dict(people=data.n_classes, images=len(data.images), steps=config.pretrain.epochs * 50, seed=SEED)
     about = dict(backbone=to_dict(replace(config.net, weights="none")), height=config.height, width=config.width, feature=config.feature,
                  flip=config.flip, **header_aspect(config), trained=trained, licence="Apache-2.0")
-    print(save_weights(args.out, halved(net.cpu().state_dict()), **about))
+    print(save_weights(args.out or ROOT / "domainmix" / f"{name}.safetensors", halved(net.cpu().state_dict()), **about))
 
 
 if __name__ == "__main__":

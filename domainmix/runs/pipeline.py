@@ -21,7 +21,7 @@ from ..core import DomainMixError, fingerprint, flag, rank_and_size
 from ..files import Log, load_json, locked, save_json, wrap_read_errors
 from ..baselines.clustering import check_labeller_settings
 from ..baselines.translation import check_translation
-from ..builtin import BUILTIN, builtin_file
+from ..builtin import BUILTINS, builtin_file
 from ..distributed import call_on_rank0, init_distributed
 from ..pseudolabel import label_quality, load_labels
 from ..schedule import check_camera_ids
@@ -39,7 +39,8 @@ from domainmix.runs.stages import (
 # %% ../../nbs/runs/04_pipeline.ipynb #1507402d
 def pretrained_key(config: RunConfig) -> str | None:
     "The name of the pre-trained weights, or the fingerprint of their file."
-    weights = str(builtin_file()) if config.net.weights == BUILTIN else config.net.weights
+    weights = config.net.weights
+    if weights in BUILTINS: weights = str(builtin_file(weights))
     return fingerprint(Path(weights).read_bytes()) if os.path.isfile(weights) else weights
 
 # %% ../../nbs/runs/04_pipeline.ipynb #f586d336

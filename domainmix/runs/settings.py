@@ -25,7 +25,7 @@ from ..core import DomainMixError, flag, later_setting, pick_device, with_overri
 from ..files import load_json, own_file
 from ..world import WorldConfig
 from ..bodies import BackboneConfig, MULTI_HEAD, _build_body, _check_body_config
-from ..builtin import BUILTIN, builtin_differences, check_builtin_fits, has_builtin
+from ..builtin import BUILTINS, check_builtin_fits, fitting_builtin
 from ..backbone import _average_map, build_backbone, FeatureKind
 from ..spcl import SpCLConfig
 from ..schedule import DomainConfig, TrainConfig
@@ -282,7 +282,7 @@ DEFAULT_SEEDS = (0, 1, 2)   # of a table
 # %% ../../nbs/runs/00_settings.ipynb #ee2a26d4
 def check_run_name(name: str) -> str:
     "`name` if it can name a run's folder, else an error."
-    plain = bool(name) and Path(name).name == name and not name.startswith(".") and name != BUILTIN
+    plain = bool(name) and Path(name).name == name and not name.startswith(".") and name not in BUILTINS
     if not plain or not name.isprintable() or len(name.encode()) > 150:
         raise DomainMixError(f"the run's name is {name!r}", "give a plain name: its folder is made below data/runs")
     return name
@@ -409,15 +409,16 @@ def _image_size_faults(config: RunConfig) -> list[Fault]:
 
 # %% ../../nbs/runs/00_settings.ipynb #c9f9ca43
 def _weights_faults(config: RunConfig) -> list[Fault]:
-    "A file of weights that does not exist, or the built-in network where it does not fit."
+    "A file of weights that does not exist, or a network of the package where it does not fit."
     weights, method = config.net.weights, METHODS[config.method]
-    if weights == BUILTIN and (method.matcher or not method.synthetic):
-        why = "the built-in network " + ("is no matcher" if method.matcher else "was trained on synthetic people")
-        return [Fault(f"{flag('method')} {config.method}: {why}", f"set {flag('net.weights')} auto")]
-    if weights == BUILTIN: return _caught(check_builtin_fits, config.net, config.height, config.width)
+    if weights in BUILTINS and (method.matcher or not method.synthetic):
+        why = "is no matcher" if method.matcher else "was trained on synthetic people"
+        said = f"{flag('method')} {config.method}: the network {weights} in the package {why}"
+        return [Fault(said, f"set {flag('net.weights')} auto")]
+    if weights in BUILTINS: return _caught(check_builtin_fits, config.net, config.height, config.width, weights)
     if weights in ("none", "auto", "imagenet") or os.path.isfile(weights): return []
     return [Fault(f"{flag('net.weights')} is {weights!r:.80}, and there is no such file",
-                  "give none, builtin, auto, imagenet, or a file")]
+                  "give none, builtin, builtin-128, auto, imagenet, or a file")]
 
 # %% ../../nbs/runs/00_settings.ipynb #8b747816
 def _caught(check: Callable, *arguments: Any) -> list[Fault]:
@@ -447,12 +448,11 @@ def setting_faults(
 
 # %% ../../nbs/runs/00_settings.ipynb #24583bff
 def starting_weights(config: RunConfig) -> str:
-    "`net.weights`; in place of auto, builtin where the network in the package fits, else none."
+    "`net.weights`; in place of auto, the network in the package that fits, else none."
     if config.net.weights != "auto": return config.net.weights
     method, specs = METHODS[config.method], (*dataset_specs(config, "real"), config.target)
     if method.matcher or not method.synthetic or "world" in specs: return "none"
-    fits = has_builtin() and not builtin_differences(config.net, config.height, config.width)
-    return BUILTIN if fits else "none"
+    return fitting_builtin(config.net, config.height, config.width) or "none"
 
 # %% ../../nbs/runs/00_settings.ipynb #13d71ac8
 def validate_config(
