@@ -39,7 +39,7 @@ def has_builtin(
     "Is a network's file in the package? If not, warn."
     try: return bool(builtin_file(name))
     except DomainMixError as e:
-        warnings.warn(f"{e.what}: runs train stage 0 themselves")
+        warnings.warn(f"{e.what}: runs that would start from it train stage 0 themselves")
         return False
 
 # %% ../nbs/23_builtin.ipynb #c6e97757
@@ -89,4 +89,7 @@ def check_builtin_fits(
         said = f"the network {name} in the package has another architecture or image size: {'; '.join(differences)}"
         fitting = fitting_builtin(config, height, width) if height and width else None
         remedy = "leave these settings at their defaults, or start without it: net.weights none"
-        raise DomainMixError(said, f"use net.weights {fitting}" if fitting else remedy)
+        if fitting:
+            own = builtin_facts(name)
+            remedy = f"use net.weights {fitting}, or images of {own['height']} x {own['width']} pixels"
+        raise DomainMixError(said, remedy)

@@ -263,14 +263,15 @@ def test_the_network_in_the_package_needs_no_training(place, said):
     package = Path(domainmix.__file__).parent
     files = lambda: {str(f): f.stat().st_mtime_ns for f in package.rglob("*") if f.is_file() and "__pycache__" not in f.parts}
     there, on = files(), ("--device", "cpu")
-    for command in (("embed", "--images", "folder:crops", "--out", "f.npy"), ("evaluate", "--target", "market1501:market"),
-                    ("threshold", "--images", "folder:crops", "--pattern", NAMES), ("search", "--query", "crops", "--gallery", "crops", "--same", "--out", "g"),
-                    ("tune", "--images", "folder:crops", "--out", "tuned.safetensors"), ("embed", "--images", "folder:crops", "--out", "t.npy"),
-                    ("embed", "--images", "folder:crops", "--out", "f-128.npy"), ("threshold", "--images", "folder:crops", "--pattern", NAMES, "--fmr", ".02")):
-        model = "tuned.safetensors" if "t.npy" in command else "builtin-128" if {"f-128.npy", "--fmr"} & set(command) else "builtin"
-        code, _, error = said(command[0], "--model", model, *command[1:], *on)
-        assert code == 0, (command, error)
-    x, larger, tuned = np.load("f.npy"), np.load("f-128.npy"), np.load("t.npy")
+    embed, threshold = ("embed", "--images", "folder:crops", "--out"), ("threshold", "--images", "folder:crops", "--pattern", NAMES)
+    for model, command, *options in (
+            ("builtin", *embed, "f.npy"), ("builtin", "evaluate", "--target", "market1501:market"), ("builtin", *threshold),
+            ("builtin", "search", "--query", "crops", "--gallery", "crops", "--same", "--out", "g"),
+            ("builtin", "tune", "--images", "folder:crops", "--out", "tuned.safetensors"), ("tuned.safetensors", *embed, "t.npy"),
+            ("builtin-128", *embed, "larger.npy"), ("builtin-128", *threshold)):
+        code, _, error = said(command, "--model", model, *options, *on)
+        assert code == 0, (model, command, error)
+    x, larger, tuned = np.load("f.npy"), np.load("larger.npy"), np.load("t.npy")
     pid = np.repeat(np.arange(8), 6)
     for f in (x, larger):
         assert f.shape == (48, 2304) and np.allclose(np.linalg.norm(f, axis=1), 1, atol=1e-4)
